@@ -1,0 +1,61 @@
+"""Steer and read the activations of image generators and language models.
+
+Attributes load on first use, so `import pysteer` needs neither a GPU, nor Triton, nor the compiled extension:
+
+    steer      context manager that applies a plan to a model or a pipeline
+    Plan       what to change, where, when and how strongly
+    backend    choose which kernels run ("reference", "cpu", "triton", "cuda")
+    fit        fit a method at a list of sites
+    Method     base class of the methods
+    zoo        the bundled generators
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_ATTRIBUTES = {
+    "steer": "pysteer.steering",
+    "Plan": "pysteer.steering",
+    "Site": "pysteer.steering",
+    "SiteParameters": "pysteer.steering",
+    "backend": "pysteer.ops",
+    "fit": "pysteer.methods",
+    "Fitted": "pysteer.methods",
+    "Method": "pysteer.methods",
+    "InputError": "pysteer.errors",
+    "PysteerError": "pysteer.errors",
+}
+_MODULES = frozenset(
+    (
+        "capture",
+        "errors",
+        "families",
+        "files",
+        "methods",
+        "metrics",
+        "models",
+        "ops",
+        "recipes",
+        "report",
+        "steering",
+        "zoo",
+    )
+)
+
+__all__ = sorted(["__version__", *_ATTRIBUTES, "zoo"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"pysteer.{name}")
+    if name in _ATTRIBUTES:
+        value = getattr(import_module(_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pysteer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ATTRIBUTES, *_MODULES})
