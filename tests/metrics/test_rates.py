@@ -25,7 +25,9 @@ def test_rate_counts_and_contains_its_value():
 
 def test_empty_rate_is_nan_not_an_error():
     got = rate(np.zeros(0, dtype=bool))
-    assert math.isnan(got.value) and got.total == 0 and str(got) == "not measured"
+    assert math.isnan(got.value)
+    assert got.total == 0
+    assert str(got) == "not measured"
 
 
 @pytest.mark.parametrize(("k", "n"), [(2, 1), (-1, 4), (0, 0)])
