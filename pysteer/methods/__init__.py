@@ -1,0 +1,27 @@
+"""Methods: how steering parameters are fitted from activations. One file each; a new file here is found by itself."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from pysteer.methods.base import REGISTRY, Method, SiteFit, create, register
+from pysteer.methods.mean_difference import MeanDifference
+from pysteer.methods.prototype import Prototype
+from pysteer.methods.random_direction import random_direction
+from pysteer.methods.row_gate import RowGate
+from pysteer.methods.statistics import BayesPrecision
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "REGISTRY",
+    "BayesPrecision",
+    "MeanDifference",
+    "Method",
+    "Prototype",
+    "RowGate",
+    "SiteFit",
+    "create",
+    "random_direction",
+    "register",
+]
