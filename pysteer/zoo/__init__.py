@@ -1,0 +1,37 @@
+"""Small generators and judges that come with the package, weights included."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pysteer.errors import InputError
+
+FOLDER = Path(__file__).resolve().parent
+
+# name -> (folder of the weights, module, class with from_pretrained)
+_GENERATORS = {"infinity-shapes": ("infinity-shapes", "pysteer.models.infinity.pipeline", "InfinityPipeline")}
+_CLASSIFIERS = {"shapes": ("shapes-classifier", "pysteer.zoo.shapes.classifier", "ShapeClassifier")}
+
+
+def available() -> dict[str, list[str]]:
+    """The names that ``load`` and ``load_classifier`` take."""
+    return {"generators": sorted(_GENERATORS), "classifiers": sorted(_CLASSIFIERS)}
+
+
+def _load(kind: str, table: dict[str, tuple[str, str, str]], name: str) -> Any:
+    if name not in table:
+        raise InputError(f"{kind} of the zoo", value=name, allowed=", ".join(sorted(table)), fix="use one of these names")
+    folder, module, cls = table[name]
+    return getattr(import_module(module), cls).from_pretrained(FOLDER / folder)
+
+
+def load(name: str = "infinity-shapes") -> Any:
+    """The pipeline of a bundled generator, on the CPU in fp32; InputError for an unknown name."""
+    return _load("generator", _GENERATORS, name)
+
+
+def load_classifier(name: str = "shapes") -> Any:
+    """A bundled classifier, on the CPU in fp32, in eval mode; InputError for an unknown name."""
+    return _load("classifier", _CLASSIFIERS, name)

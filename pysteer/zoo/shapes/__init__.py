@@ -1,0 +1,1 @@
+"""Captioned coloured shapes: captions, renderer, tokenizer, classifier and evaluation of the bundled generator."""
