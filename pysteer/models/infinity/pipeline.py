@@ -1,0 +1,215 @@
+"""From prompts to images: text encoder, Infinity transformer and image tokenizer in one object."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysteer import files
+from pysteer.errors import InputError
+from pysteer.models.infinity.config import InfinityConfig
+from pysteer.models.infinity.generate import generate
+from pysteer.models.infinity.text import encode_text
+from pysteer.models.infinity.transformer import Infinity, TextCondition
+
+RowListener = Callable[[str, int, int, Tensor | None], None]
+
+
+@dataclass
+class ImageOutput:
+    """images: uint8 ``[B, H, W, 3]`` RGB; bits: per scale ``[B, L, d]`` int64; features: ``[B, d, h, w]``."""
+
+    images: Tensor
+    bits: list[Tensor]
+    features: Tensor
+
+
+class InfinityPipeline:
+    """Text-to-image with an Infinity transformer.
+
+    Args:
+        transformer: the transformer.
+        tokenizer: image tokenizer with ``encode(images [B, 3, H, W] in [-1, 1]) -> [B, d, h, w]`` and ``decode``.
+        text_encoder: a transformers ``T5EncoderModel``.
+        text_tokenizer: its fast tokenizer.
+        defaults: generation settings used where a call names none (``cfg``, ``tau``, ``top_p``).
+    """
+
+    def __init__(
+        self,
+        transformer: Infinity,
+        tokenizer: Any,
+        text_encoder: Any,
+        text_tokenizer: Any,
+        defaults: dict | None = None,
+    ):
+        self.transformer = transformer.eval()
+        self.tokenizer = tokenizer.eval()
+        self.text_encoder = text_encoder.eval()
+        self.text_tokenizer = text_tokenizer
+        self.defaults = {"cfg": 3.0, "tau": 0.5, "top_p": 0.97, **(defaults or {})}
+        self.text_clock = torch.zeros((), dtype=torch.int64)
+        self.text_row_listeners: list[RowListener] = []
+        self._step: Callable[..., Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.pos_start.device
+
+    def to(self, device: str | torch.device) -> InfinityPipeline:
+        """Move all parts to a device."""
+        for part in (self.transformer, self.tokenizer, self.text_encoder):
+            part.to(device)
+        self.text_clock = self.text_clock.to(device)
+        return self
+
+    def compile(self, **options: Any) -> InfinityPipeline:
+        """Compile the work of one scale with ``torch.compile(fullgraph=True)``; steering stays adjustable."""
+        self._step = torch.compile(self.transformer.scale_step, **{"fullgraph": True, **options})
+        return self
+
+    def encode_text(self, prompts: Sequence[str], *, kind: str = "cond") -> TextCondition:
+        """Encode prompts. ``kind`` "uncond" marks them as rows of the unconditional half (negative prompts)."""
+        if kind not in ("cond", "uncond"):
+            raise InputError("kind", value=kind, allowed="cond, uncond")
+        lengths = self._lengths(prompts) if self.text_row_listeners else None
+        cond, uncond = (len(prompts), 0) if kind == "cond" else (0, len(prompts))
+        for listener in list(self.text_row_listeners):
+            listener("text", cond, uncond, lengths)
+        return encode_text(self.text_encoder, self.text_tokenizer, prompts, self.transformer.config.text_maxlen)
+
+    def _lengths(self, prompts: Sequence[str]) -> Tensor:
+        limit = self.transformer.config.text_maxlen
+        ids = self.text_tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
+        return torch.tensor([len(row) for row in ids], device=self.device)
+
+    def pooled(self, condition: TextCondition) -> Tensor:
+        """The pooled text vector ``[B, D]`` fp32 that drives the AdaLN."""
+        with torch.no_grad():
+            return self.transformer.condition(condition).pooled
+
+    def seeds(self, seeds: int | Sequence[int], batch: int) -> Tensor:
+        """One int64 seed per image; a single number counts up from itself."""
+        values = list(range(seeds, seeds + batch)) if isinstance(seeds, int) else [int(s) for s in seeds]
+        if len(values) != batch:
+            raise InputError("seeds", value=len(values), allowed=f"one number or {batch} numbers (one per prompt)")
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | TextCondition,
+        *,
+        seeds: int | Sequence[int] = 0,
+        negative_prompts: str | Sequence[str] | None = None,
+        decode: bool = True,
+        **settings: Any,
+    ) -> ImageOutput:
+        """Generate one image per prompt.
+
+        ``settings`` are those of :func:`pysteer.models.infinity.generate.generate` (cfg, tau, top_p, greedy,
+        cfg_insertion_layer, forced_bits, scales, on_scale). Prompts may be encoded beforehand.
+        """
+        if isinstance(prompts, TextCondition):
+            text = prompts
+        else:
+            text = self.encode_text([prompts] if isinstance(prompts, str) else list(prompts))
+        batch = len(text.lengths)
+        negative = None
+        if negative_prompts is not None:
+            given = [negative_prompts] * batch if isinstance(negative_prompts, str) else list(negative_prompts)
+            if len(given) != batch:
+                raise InputError("negative_prompts", value=len(given), allowed=f"one text or {batch} texts")
+            negative = self.encode_text(given, kind="uncond")
+        out = generate(
+            self.transformer,
+            text,
+            seeds=self.seeds(seeds, batch),
+            negative=negative,
+            step=self._step,
+            **{**self.defaults, **settings},
+        )
+        images = self.decode(out.features) if decode else torch.empty(0, dtype=torch.uint8)
+        return ImageOutput(images, out.bits, out.features)
+
+    @torch.no_grad()
+    def decode(self, features: Tensor, batch: int = 64) -> Tensor:
+        """Images uint8 ``[B, H, W, 3]`` of summed codes ``[B, d, h, w]``, in batches to bound memory."""
+        parts = [self.tokenizer.decode(part).float() for part in features.split(batch)]
+        image = (torch.cat(parts).clamp(-1, 1) + 1) / 2
+        return (image.permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that :meth:`from_pretrained` reads: safetensors and JSON only."""
+        folder = Path(folder)
+        (folder / "transformer").mkdir(parents=True, exist_ok=True)
+        state = {k: v.to(dtype) if dtype else v for k, v in self.transformer.state_dict().items()}
+        files.write_safetensors(folder / "transformer" / "model.safetensors", state)
+        files.write_json(folder / "transformer" / "config.json", self.transformer.config.to_dict())
+        _cast_copy(self.tokenizer, dtype).save_pretrained(folder / "tokenizer")
+        with _quiet_transformers():
+            _cast_copy(self.text_encoder, dtype).save_pretrained(folder / "text_encoder")
+        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        index = {"pipeline": "InfinityPipeline", "tokenizer": type(self.tokenizer).__name__, "defaults": self.defaults}
+        files.write_json(folder / "pipeline.json", index)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> InfinityPipeline:
+        """Load a folder written by :meth:`save_pretrained` or by ``pysteer convert``."""
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        folder = Path(folder)
+        index = files.read_json(folder / "pipeline.json", "pipeline index")
+        transformer = load_transformer(folder / "transformer")
+        tokenizer = _tokenizer_class(index.get("tokenizer", "")).from_pretrained(folder / "tokenizer")
+        with _quiet_transformers():
+            encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        words = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
+        return cls(transformer, tokenizer, encoder, words, index.get("defaults")).to(device)
+
+
+def load_transformer(folder: Path) -> Infinity:
+    """Load ``config.json`` and ``model.safetensors``; every tensor must fit by name and shape and be finite."""
+    config = InfinityConfig.from_dict(files.read_json(folder / "config.json", "Infinity config"))
+    model = Infinity(config)
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    state, _ = files.read_safetensors(folder / "model.safetensors", "Infinity weights", shapes=shapes)
+    model.load_state_dict({k: v.float() for k, v in state.items()})
+    return model
+
+
+def _tokenizer_class(name: str) -> Any:
+    if name == "ShapeTokenizer":
+        from pysteer.zoo.shapes.tokenizer import ShapeTokenizer
+
+        return ShapeTokenizer
+    if name == "InfinityVAE":
+        from pysteer.models.infinity.vae import InfinityVAE
+
+        return InfinityVAE
+    raise InputError("image tokenizer", value=name, allowed="ShapeTokenizer, InfinityVAE")
+
+
+def _cast_copy(module: Any, dtype: torch.dtype | None) -> Any:
+    return module if dtype is None else copy.deepcopy(module).to(dtype)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars, which are longer than the work for a small encoder."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
