@@ -1,0 +1,184 @@
+"""The command line: thin, and it imports what a command needs only when that command runs."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import pysteer
+from pysteer.errors import InputError
+
+app = typer.Typer(
+    name="pysteer",
+    help="Steer and read the activations of image generators and language models.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace defaults.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pysteer {pysteer.__version__}")
+        raise typer.Exit
+
+
+# Newer typer carries its own copy of click, older ones import it: the base class is reached through typer itself.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def run(
+    name: Annotated[str | None, typer.Argument(help="The recipe; without it, the recipes are listed.")] = None,
+    words: Words = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with values.")] = None,
+    infinity: Annotated[Path | None, typer.Option(help="YAML file that names the Infinity weights to use.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("results"),
+    run_name: Annotated[str | None, typer.Option("--name", help="Folder of this run.  [default: the recipe]")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace another run in the same folder.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List the keys of the recipe with their defaults.")] = False,
+) -> None:
+    """Run an experiment; the same command continues a run that was interrupted."""
+    from pysteer.recipes import execute, find_recipe, recipe_modules
+
+    if name is None:
+        for known in sorted(recipe_modules()):
+            typer.echo(f"{known:24} {(find_recipe(known).function.__doc__ or '').strip().splitlines()[0]}")
+        return
+    if keys:
+        _show_keys(find_recipe(name).config)
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    folder, summary = execute(
+        name,
+        words or [],
+        config_file=config,
+        values={"infinity": str(infinity)} if infinity is not None else None,
+        out=out,
+        run_name=run_name,
+        overwrite=overwrite,
+    )
+    _show_result(folder, summary.best)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)  # unwinds, so that nothing is left half-written
+
+
+def _show_keys(kind: type) -> None:
+    import dataclasses
+    import typing
+
+    from pysteer.recipes.config import describe
+
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        typer.echo(f"{field.name}={'' if default is None else default}  ({describe(hints[field.name])})")
+
+
+def _show_result(folder: Path, best: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    figures = ", ".join(
+        f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in best.items()
+    )
+    if figures:
+        console.print(f"best: {figures}", markup=False, highlight=False, soft_wrap=True)
+    for title, file in (("report", "report.html"), ("summary", "summary.json")):
+        if (folder / file).is_file():
+            console.print(f"{title}: {folder / file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Print versions, devices, and which kernels are in use and why others are not."""
+    from pysteer.environment import describe
+
+    found = describe()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    _show_environment(found)
+
+
+def _show_environment(found: dict[str, Any]) -> None:
+    lines = [("pysteer", found["pysteer"]), ("python", f"{found['python']} on {found['platform']}")]
+    lines += [(name, version or "not installed") for name, version in found["packages"].items()]
+    extension = found["extension"]
+    if extension["available"]:
+        cuda = (
+            f"CUDA {extension['cuda_version']}, {extension['cuda_architectures']}"
+            if extension["has_cuda"]
+            else "no CUDA"
+        )
+        lines.append(("extension", f"{extension['compiler']}, {cuda}, {extension['openmp_threads']} OpenMP threads"))
+        have = [name for name, there in extension["cpu_features"].items() if there]
+        lines.append(("processor", ", ".join(have) or "baseline instructions"))
+    else:
+        lines.append(("extension", f"not available: {extension['reason']}"))
+    for device in found["devices"]:
+        rest = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        lines.append((device["device"], f"{device['name']} ({rest})"))
+    for name, status in found["backends"].items():
+        lines.append((f"backend {name}", "live" if status["live"] else f"not live: {status['reason']}"))
+    for label, text in lines:
+        typer.echo(f"{label:18} {text}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    """Entry point of the `pysteer` command: 0 done, 2 input that cannot be used, 130 interrupted."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command and return its exit code; errors about the input are one line on stderr."""
+    try:
+        code = app(arguments, prog_name="pysteer", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except InputError as error:
+        print(f"pysteer: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except _UsageError as error:
+        print(f"pysteer: {error.format_message()} (see pysteer --help)", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "pysteer":
+            raise
+        fix = "pip install 'pysteer-core[demo]'"
+        print(f"pysteer: this command needs {error.name}, which is not installed; fix: {fix}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("pysteer: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    main()
