@@ -97,10 +97,8 @@ class Bits:
         words = build_text_tokenizer()
         encoded = words(captions_of(scenes), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         self.ids = encoded["input_ids"].to(device)
-        parts = []
         with torch.no_grad(), autocast(device):
-            for start in range(0, count, 512):
-                parts.append(tokenizer.encode(to_model_range(images[start : start + 512], device)).half())
+            parts = [tokenizer.encode(to_model_range(part, device)).half() for part in images.split(512)]
         self.features = torch.cat(parts).contiguous()
         self.quantiser: MultiScaleBSQ = tokenizer.quantizer
 

@@ -1,1 +1,1 @@
-"""The Infinity image generator (VAR with bitwise tokens): a port that runs on CPU and GPU and loads official weights."""
+"""The Infinity image generator (VAR with bitwise tokens): runs on CPU and GPU, loads official weights."""

@@ -16,7 +16,7 @@ from pysteer.models.infinity.transformer import Infinity, TextCondition
 
 @dataclass
 class Generation:
-    """bits: per scale ``[B, L, d]`` int64; features: ``[B, d, H, W]`` fp32, the summed codes that the tokenizer decodes."""
+    """bits: per scale ``[B, L, d]`` int64; features: summed codes ``[B, d, H, W]`` fp32, ready to decode."""
 
     bits: list[Tensor]
     features: Tensor

@@ -112,11 +112,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
 class KeyValueCache:
     """Static cache of one self-attention: ``k, v [R, H, capacity, d]``; ``write`` returns the filled prefix."""
 
-    def __init__(
-        self, rows: int, heads: int, capacity: int, head_dim: int, k_dtype: torch.dtype, v_dtype: torch.dtype, device
-    ):
-        self.k = torch.zeros(rows, heads, capacity, head_dim, dtype=k_dtype, device=device)
-        self.v = torch.zeros(rows, heads, capacity, head_dim, dtype=v_dtype, device=device)
+    def __init__(self, rows: int, capacity: int, config: InfinityConfig, like: Tensor) -> None:
+        shape = (rows, config.heads, capacity, config.head_dim)
+        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def write(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         end = start + k.shape[2]
@@ -360,11 +359,7 @@ class Infinity(nn.Module):
     def new_caches(self, rows: int, tokens: int) -> list[KeyValueCache]:
         """One static cache per block for ``rows`` rows and ``tokens`` tokens."""
         weight = self.block_chunks[0].module[0].sa.mat_qkv.weight  # type: ignore[union-attr,index]
-        c = self.config
-        return [
-            KeyValueCache(rows, c.heads, tokens, c.head_dim, weight.dtype, weight.dtype, weight.device)
-            for _ in range(c.depth)
-        ]
+        return [KeyValueCache(rows, tokens, self.config, weight) for _ in range(self.config.depth)]
 
     def first_input(self, condition: ModelCondition) -> Tensor:
         """The start token ``[R, 1, D]``: pooled text plus the start position."""
@@ -408,7 +403,8 @@ class Infinity(nn.Module):
     def forward(self, text: TextCondition, inputs: Tensor, scales: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Teacher-forced logits of all scales at once (training, likelihood).
 
-        inputs: ``[B, tokens - 1, bits]`` next-scale inputs (every scale but the first). Returns ``[B, tokens, 2 bits]``.
+        inputs: ``[B, tokens - 1, bits]``, next-scale inputs of every scale but the first. Returns
+        ``[B, tokens, 2 bits]``.
         """
         scales = list(scales or self.config.scales)
         condition = self.condition(text)
