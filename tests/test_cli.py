@@ -1,0 +1,159 @@
+"""The command line: what it prints, its exit codes, and that it starts quickly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import pysteer
+from pysteer import cli
+from pysteer.recipes import frame
+from pysteer.recipes.config import read_values
+
+RECIPE = '''
+"""A recipe for the tests."""
+import time
+from dataclasses import dataclass
+from pysteer.errors import InputError
+from pysteer.recipes.frame import Run, Summary, recipe
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    steps: int = 3
+    wait: float = 0.0
+    fail: bool = False
+    infinity: str | None = None
+
+@recipe("toy", Config)
+def run(config: Config, run: Run) -> Summary:
+    """Count to a number."""
+    if config.fail:
+        raise InputError("steps", value=config.steps, allowed="something else")
+    for step in run.progress(range(config.steps), "steps"):
+        with run.stage(f"step-{step}") as stage:
+            if not stage.done:
+                time.sleep(config.wait)
+                run.write_json(f"steps/{step}.json", {"step": step})
+    return Summary(best={"steps": config.steps, "rate": 0.5})
+'''
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the recipe "toy" available in this process."""
+    monkeypatch.setattr(frame, "RECIPES", dict(frame.RECIPES))
+    exec(compile(RECIPE, "toy", "exec"), {"__name__": "toy"})
+
+
+def call(*arguments: str) -> int:
+    return cli.run_command(list(arguments))
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"pysteer {pysteer.__version__}\n"
+    assert call("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in ("run", "env", "grid", "convert"))
+    assert call() == 0
+
+
+def test_help_starts_without_torch(root: Path) -> None:
+    code = "import sys; from pysteer.cli import run_command; run_command(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nonsense"], ["unknown recipe", "'nonsense'", "toy"]),
+        (["run", "toy", "stpes=4"], ["unknown key", "'stpes'", "did you mean steps?"]),
+        (["run", "toy", "steps=four"], ["steps", "'four'", "a whole number"]),
+        (["run", "toy", "steps"], ["'steps'", "key=value"]),
+        (["run", "toy", "fail=yes"], ["steps", "got 3", "something else"]),
+        (["run", "toy", "--config", "nowhere.yml"], ["not found", "nowhere.yml"]),
+        (["run", "toy", "--name", "../up"], ["run name", "../up"]),
+        (["run", "toy", "--nonsense"], ["--nonsense"]),
+        (["nonsense"], ["nonsense"]),
+    ],
+)
+@pytest.mark.usefixtures("toy")
+def test_bad_input_is_one_line_and_code_2(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    shown = capfd.readouterr().err.strip()
+    assert "\n" not in shown
+    assert all(word in shown for word in words), shown
+    assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.mark.usefixtures("toy")
+def test_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "toy", "STEPS=2", "--out", str(tmp_path), "--name", "mine", "--infinity", "w.yml") == 0
+    shown = capsys.readouterr().out
+    assert "steps: 2/2" in shown
+    assert "best: steps 2, rate 0.500" in shown
+    summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
+    assert summary["best"] == {"steps": 2, "rate": 0.5}
+    assert read_values(tmp_path / "mine" / "config.yaml")["infinity"] == "w.yml"
+
+
+@pytest.mark.usefixtures("toy")
+def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "toy", "--keys") == 0
+    assert "steps=3  (a whole number)" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_continues(number: int, code: int, tmp_path: Path, root: Path) -> None:
+    source = tmp_path / "toy.py"
+    source.write_text(RECIPE)
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import toy; from pysteer.cli import main; main()"
+    command = [sys.executable, "-c", program, "run", "toy", "steps=4", "wait=0.7", "--out", str(tmp_path / "out")]
+    started = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    marker = tmp_path / "out" / "toy" / "stages" / "step-0.json"
+    deadline = time.monotonic() + 60
+    while not marker.exists() and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started.send_signal(number)
+    shown = started.communicate(timeout=30)[0].decode()
+    assert started.returncode == code, shown
+    folder = tmp_path / "out" / "toy"
+    assert not (folder / "summary.json").exists()
+    assert not list(folder.rglob("*.tmp*"))
+    again = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert again.returncode == 0, again.stderr
+    assert "step-0: finished before, skipped" in again.stdout
+    assert "step-3: started" in again.stdout
+    assert sorted(path.name for path in (folder / "steps").iterdir()) == [f"{i}.json" for i in range(4)]
+
+
+def test_env(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("env", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pysteer"] == pysteer.__version__
+    assert found["packages"]["torch"].startswith("2.")
+    assert found["devices"][0]["device"] == "cpu"
+    assert set(found["backends"]) == {"reference", "cpu", "triton", "cuda"}
+    assert found["backends"]["reference"]["live"]
+    for status in found["backends"].values():
+        assert status["live"] or status["reason"]
+    assert call("env") == 0
+    assert "backend reference" in capsys.readouterr().out
