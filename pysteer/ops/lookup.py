@@ -1,0 +1,39 @@
+"""Reading the steering table in plain torch, as every reference does it."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def look_up(slot: Tensor, strength: Tensor, clock: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the parameter set ([R] int32) and the strength ([R] fp32) of every row at the current step."""
+    step = clock.reshape(1)
+    return slot.index_select(0, step)[0, :rows], strength.index_select(0, step)[0, :rows]
+
+
+def along(values: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """Shape per-row values [R], or per-row channel values [R, D], so that they broadcast against `x`."""
+    shape = [x.shape[0]] + [1] * (x.dim() - 1)
+    if values.dim() == 2:
+        shape[channel_dim] = values.shape[1]
+    return values.reshape(shape)
+
+
+def active_tokens(x: Tensor, which: Tensor, strength: Tensor, span: Tensor | None, channel_dim: int) -> Tensor:
+    """Return a mask that broadcasts against `x`: True where a token is to be changed."""
+    active = along((which != 0) & (strength != 0), x, channel_dim)
+    if span is None or x.dim() == 2:
+        return active if span is None else active & along((span[: len(x), 0] <= 0) & (span[: len(x), 1] > 0), x, -1)
+    shape = list(x.shape)
+    shape[channel_dim] = 1
+    tokens = x.numel() // max(x.shape[0] * x.shape[channel_dim], 1)
+    position = torch.arange(tokens, device=x.device).reshape([1, *shape[1:]])
+    start, end = (along(edge, x, channel_dim) for edge in span[: x.shape[0]].unbind(1))
+    return active & (position >= start) & (position < end)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off, so that matrix products stay in the precision they are given in."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
