@@ -1,0 +1,389 @@
+"""`steer`: apply a plan to a model or a pipeline while a context lasts."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysteer.errors import InputError, PysteerError
+from pysteer.steering.attach import Attachment, attach
+from pysteer.steering.plan import Plan, PlanEntry
+from pysteer.steering.table import ALL_TOKENS, Table
+
+Strength = float | Tensor | Mapping[str, float | Tensor]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What one entry of a plan did.
+
+    Attributes:
+        site, part, op: of the entry.
+        calls: how often the site ran.
+        tokens_touched: tokens that were changed, over all rows and calls.
+        steps: the steps at which the site ran.
+    """
+
+    site: str
+    part: str
+    op: str
+    calls: int
+    tokens_touched: int
+    steps: tuple[int, ...]
+
+
+@dataclass
+class _Part:
+    """Tables of one part of the model, which share clock, span and the rows of the batch."""
+
+    name: str
+    steps: int
+    clock: Tensor
+    tables: list[Table] = field(default_factory=list)
+    entries: list[PlanEntry] = field(default_factory=list)
+    cond: int = 0
+    uncond: int = 0
+    span: Tensor | None = None
+    written: tuple[Any, ...] | None = None
+
+    @property
+    def prompts(self) -> int:
+        return max(self.cond, self.uncond)
+
+    def set_span(self, lengths: Tensor | None) -> None:
+        """Touch the first `lengths[r]` tokens of row r, all tokens where there are no lengths."""
+        if self.span is None and lengths is None:
+            return
+        capacity, device = self.tables[0].capacity, self.tables[0].device
+        if self.span is None or len(self.span) < capacity or self.span.device != device:
+            with torch.inference_mode(False):
+                self.span = torch.zeros(capacity, 2, dtype=torch.int32, device=device)
+        for table in self.tables:
+            table.settle()
+            table.span = self.span
+        self.span[:, 1] = ALL_TOKENS
+        if lengths is not None:
+            self.span[: self.cond + self.uncond, 1].copy_(lengths)
+
+
+class Handle:
+    """A plan on a model: a context manager, and what changes it while it is attached. Made by `steer`.
+
+    Changes are written in place into tensors on the device: no recompile, no graph break, no wait for the device.
+    """
+
+    def __init__(self, obj: Any, plan: Plan, *, strength: Strength, capacity: int | None) -> None:
+        from pysteer.families.base import find_family  # families stand on steering, not the other way round
+
+        self._obj = obj
+        self._family = find_family(obj)
+        self._sites = self._family.sites(obj)
+        self._capacity = capacity or 1
+        self._gate: Tensor | None = None
+        self._attachments: list[Attachment] = []
+        self._disconnect: Callable[[], None] | None = None
+        self._parts: dict[str, _Part] = {}
+        steps = {part: self._family.steps(obj, part) for part in {site.part for site in self._sites.values()}}
+        if not plan.entries:
+            raise InputError("plan without entries", fix="give it parameters for at least one site")
+        for entry in plan.entries:
+            entry.check(self._sites, steps)
+        self._strength = self._checked(strength)
+        self._plan = plan
+
+    def _build(self) -> None:
+        """Make the tables. After connecting, because a family may make its clock only then."""
+        self._parts = {}
+        for entry in self._plan.entries:
+            site = self._sites[entry.parameters.site]
+            if site.part not in self._parts:
+                clock = self._family.clock(self._obj, site.part)
+                self._parts[site.part] = _Part(site.part, self._family.steps(self._obj, site.part), clock)
+            part = self._parts[site.part]
+            table = Table(entry, site, steps=part.steps, clock=part.clock, capacity=self._capacity)
+            table.try_out()
+            part.tables.append(table)
+            part.entries.append(entry)
+        for part in self._parts.values():
+            self._check_fits(part, self._strength)
+
+    def __enter__(self) -> "Handle":
+        if self._disconnect is not None:
+            raise PysteerError("this handle is attached already; fix: call steer() again for a second one")
+        self._disconnect = self._family.connect(self._obj, self.rows)
+        try:
+            self._build()
+            for part in self._parts.values():
+                root = self._family.root(self._obj, part.name)
+                self._attachments.append(attach(root, [(table.site, table) for table in part.tables]))
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.detach()
+        if kind is None:
+            self._check_ran()
+
+    def detach(self) -> None:
+        """Restore the model; harmless when done twice. The report stays readable."""
+        for attachment in reversed(self._attachments):
+            attachment.detach()
+        self._attachments = []
+        disconnect, self._disconnect = self._disconnect, None
+        if disconnect is not None:
+            disconnect()
+
+    def ensure(self) -> None:
+        """Follow what others did to the model since attaching (hooks, replaced `forward`); done at every run too.
+
+        Raises:
+            PysteerError: a site's module is no longer in the model.
+        """
+        for attachment in self._attachments:
+            attachment.ensure()
+
+    @property
+    def strength(self) -> Strength:
+        """Factor on the schedule: a number, `[B]` (per prompt) or `[S, B]` (per step and prompt).
+
+        A mapping gives each part of the model its own, for example `{"visual": 1.0, "text": tensor}`; parts that are
+        not named keep 1. Values on the CPU are checked to be finite; those on a device are not, that would wait for it.
+        """
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: Strength) -> None:
+        value = self._checked(value)
+        for part in self._parts.values():
+            self._check_fits(part, value)
+        self._strength = value
+        self._rewrite()
+
+    @property
+    def gate(self) -> Tensor | None:
+        """A further factor per prompt, `[B]`, for example a gate of zeros and ones; None for none."""
+        return self._gate
+
+    @gate.setter
+    def gate(self, value: Tensor | None) -> None:
+        if value is not None:
+            self._checked_tensor("gate", value, dims=(1,))
+            for part in self._parts.values():
+                self._check_batch("gate", part, value)
+        self._gate = value
+        self._rewrite()
+
+    def rows(self, part: str, cond: int, uncond: int = 0, lengths: Tensor | None = None) -> None:
+        """Announce the rows of the coming run, `[cond rows | uncond rows]`; called by the family.
+
+        Args:
+            part: the part of the model that is about to run.
+            cond, uncond: numbers of rows; one is zero or both are equal.
+            lengths: int `[cond + uncond]`, how many tokens of each row count; None for all.
+
+        Raises:
+            InputError: rows that are not ordered so, or a strength or gate for another number of prompts.
+        """
+        state = self._parts.get(part)
+        if state is None:
+            return
+        if min(cond, uncond) < 0 or (cond != uncond and 0 not in (cond, uncond)) or cond + uncond == 0:
+            raise InputError(f"rows of part {part}", value=(cond, uncond), allowed="(B, B), (B, 0) or (0, B)")
+        if lengths is not None and len(lengths) != cond + uncond:
+            raise InputError(f"lengths of part {part}", value=len(lengths), allowed=f"{cond + uncond}, one per row")
+        self.ensure()
+        state.cond, state.uncond = cond, uncond
+        state.clock, state.steps = self._family.clock(self._obj, part), self._family.steps(self._obj, part)
+        now = (cond, uncond, state.steps, [table.device for table in state.tables])
+        unchanged = state.written == now
+        if not unchanged:
+            self._check_fits(state, self._strength)
+            if self._gate is not None:
+                self._check_batch("gate", state, self._gate)
+            room = 1 << (cond + uncond - 1).bit_length()  # powers of two, so that growing stays rare
+            for table, entry in zip(state.tables, state.entries, strict=True):
+                table.reserve(entry, state.steps, cond + uncond if cond + uncond <= table.capacity else room)
+        for table in state.tables:
+            table.clock = state.clock
+        if lengths is not None or state.span is not None:
+            state.set_span(lengths)
+        if not unchanged:
+            self._write(state)
+            state.written = now
+
+    def update(self, plan: Plan) -> None:
+        """Take over another plan in place.
+
+        Entries are matched by site and op, in order; those that the new plan lacks are switched off.
+
+        Raises:
+            InputError: an entry that was not there before, or one with other shapes; nothing is changed then.
+        """
+        steps = {part.name: part.steps for part in self._parts.values()}
+        steps |= {site.part: self._family.steps(self._obj, site.part) for site in self._sites.values()}
+        free = [(part, i) for part in self._parts.values() for i in range(len(part.tables))]
+        matched: list[tuple[_Part, int, PlanEntry]] = []
+        for entry in plan.entries:
+            entry.check(self._sites, steps)
+            place = next((place for place in free if _same_place(entry, place[0].entries[place[1]])), None)
+            if place is None:
+                raise InputError(
+                    "update with an entry that the attached plan does not have",
+                    value=f"{entry.parameters.op} at {entry.parameters.site}",
+                    fix="attach the superset first and switch entries off by their schedule, or steer again",
+                )
+            _check_shapes(place[0].tables[place[1]], entry)
+            free.remove(place)
+            matched.append((*place, entry))
+        matched += [(part, i, PlanEntry(part.entries[i].parameters, {})) for part, i in free]
+        for part, i, entry in matched:
+            part.entries[i] = entry
+            part.tables[i].load(entry)
+        self._plan = plan
+        self._rewrite()
+
+    def report(self) -> list[SiteReport]:
+        """What each entry did so far, in the order of the plan's parts; waits for the device."""
+        found = []
+        for part in self._parts.values():
+            for table, entry in zip(part.tables, part.entries, strict=True):
+                table.settle()
+                calls, tokens = table.calls.tolist(), table.tokens.tolist()
+                steps = tuple(step for step, count in enumerate(calls) if count)
+                name, op = entry.parameters.site, entry.parameters.op
+                found.append(SiteReport(name, part.name, op, sum(calls), sum(tokens), steps))
+        return found
+
+    def _check_ran(self) -> None:
+        report = self.report()
+        announced = any(part.written is not None for part in self._parts.values())
+        if not announced and any(entry.calls for entry in report):
+            raise PysteerError(
+                f"the {self._family.name} model ran, but its rows were never announced: nothing was steered"
+            )
+        entries = [entry for part in self._parts.values() for entry in part.entries]
+        idle = [r.site for r, entry in zip(report, entries, strict=True) if entry.active and not r.calls]
+        if announced and idle:
+            raise PysteerError(
+                f"planned sites never ran: {', '.join(idle)}; fix: leave them out of the plan, or run the part of the "
+                "model that they are in"
+            )
+
+    def _rewrite(self) -> None:
+        """Make a change effective for the rows as they are."""
+        self.ensure()
+        for part in self._parts.values():
+            if part.written is not None:
+                self._write(part)
+
+    def _write(self, part: _Part) -> None:
+        factors: dict[torch.device, float | Tensor] = {}
+        for table in part.tables:
+            if table.device not in factors:
+                factors[table.device] = self._factor(part, table)
+            table.write(part.cond, part.uncond, factors[table.device])
+
+    @torch.no_grad()
+    def _factor(self, part: _Part, table: Table) -> float | Tensor:
+        """Strength times gate for B prompts: a number, `[B]` or `[S, B]`."""
+        value = self._of_part(part.name, self._strength)
+        if isinstance(value, Tensor):
+            value = value.to(table.device, torch.float32)
+            if value.dim() == 2:  # room for more steps than the model has now
+                value = torch.nn.functional.pad(value, (0, 0, 0, table.steps - len(value)))
+        return value if self._gate is None else value * self._gate.to(table.device, torch.float32)
+
+    @staticmethod
+    def _of_part(part: str, strength: Strength) -> float | Tensor:
+        return strength.get(part, 1.0) if isinstance(strength, Mapping) else strength
+
+    def _checked(self, strength: Strength) -> Strength:
+        parts = sorted({site.part for site in self._sites.values()})
+        if isinstance(strength, Mapping):
+            for part in strength:
+                if part not in parts:
+                    raise InputError("strength for an unknown part", value=part, allowed=", ".join(parts))
+            return {part: self._checked_value(value) for part, value in strength.items()}
+        return self._checked_value(strength)
+
+    def _checked_value(self, value: float | Tensor) -> float | Tensor:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            self._checked_tensor("strength", value, dims=(1, 2))
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError("strength", value=value, allowed="a finite number, a tensor [B] or [S, B]")
+        return number
+
+    @staticmethod
+    def _checked_tensor(what: str, value: Tensor, dims: tuple[int, ...]) -> None:
+        allowed = " or ".join({1: "[B]", 2: "[S, B]"}[n] for n in dims)
+        if not isinstance(value, Tensor) or value.dim() not in dims:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"shape of {what}", value=shape, allowed=f"a tensor {allowed}")
+        if value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
+            raise InputError(what, value="NaN or infinity", allowed="finite values")
+
+    def _check_fits(self, part: _Part, strength: Strength) -> None:
+        value = self._of_part(part.name, strength)
+        if not isinstance(value, Tensor):
+            return
+        self._check_batch("strength", part, value)
+        if value.dim() == 2 and len(value) != part.steps:
+            raise InputError(
+                f"steps of strength for part {part.name}",
+                value=len(value),
+                allowed=str(part.steps),
+                fix=f'give parts their own: {{"{part.name}": tensor}}',
+            )
+
+    @staticmethod
+    def _check_batch(what: str, part: _Part, value: Tensor) -> None:
+        if part.prompts and value.shape[-1] != part.prompts:
+            allowed = f"{part.prompts}, one per prompt of the batch"
+            raise InputError(f"entries of {what}", value=value.shape[-1], allowed=allowed)
+
+
+def _same_place(new: PlanEntry, old: PlanEntry) -> bool:
+    mine, theirs = new.parameters, old.parameters
+    return mine.site == theirs.site and mine.op == theirs.op
+
+
+def _check_shapes(table: Table, entry: PlanEntry) -> None:
+    parameters = entry.parameters
+    where = f"update of {parameters.op} at {parameters.site}"
+    options = {name: value for name, value in table.options.items() if name != "channel_dim"}
+    if parameters.options != options:
+        raise InputError(f"{where}: options", value=parameters.options, allowed=str(options), fix="steer again")
+    for name, tensor in parameters.tensors.items():
+        room = table.bank[name]
+        if tensor.shape[1:] != room.shape[1:] or len(tensor) > len(room) - 1:
+            allowed = f"[at most {len(room) - 1}, {str(list(room.shape[1:]))[1:]}"
+            raise InputError(f"{where}: shape of {name}", value=list(tensor.shape), allowed=allowed, fix="steer again")
+
+
+def steer(obj: Any, plan: Plan, *, strength: Strength = 1.0, capacity: int | None = None) -> Handle:
+    """Steer a model or a pipeline while a context lasts: `with steer(pipe, plan) as handle: ...`.
+
+    Args:
+        obj: the model or pipeline; a family must know it.
+        plan: what to change, where and how strongly.
+        strength: factor on the plan's schedule, see `Handle.strength`.
+        capacity: rows to reserve room for; by default it grows with the largest batch, which allocates.
+
+    Returns:
+        The handle, a context manager. Leaving it restores the model exactly.
+
+    Raises:
+        InputError: unknown site, wrong width, step out of range, NaN or infinite parameters; nothing is attached then.
+        PysteerError: on leaving the context after a run in which a planned site never ran.
+    """
+    return Handle(obj, plan, strength=strength, capacity=capacity)

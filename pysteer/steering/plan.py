@@ -1,0 +1,188 @@
+"""What to change: parameters of an op at sites and steps, and how strongly, for which rows."""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysteer.errors import InputError
+from pysteer.ops import registry
+from pysteer.steering.site import Site, brief, did_you_mean
+
+Strengths = Mapping[int | None, tuple[float, float]]
+_ROWS = {"cond": (1.0, 0.0), "uncond": (0.0, 1.0), "both": (1.0, 1.0)}
+_TABLE_ARGUMENTS = ("slot", "strength", "clock", "span", "channel_dim", "out")
+
+
+@dataclass
+class SiteParameters:
+    """Parameters of one op at one site.
+
+    Attributes:
+        site: name of the site.
+        op: name of the op in `pysteer.ops`.
+        steps: parameter set i is for step `steps[i]`; None for one set that serves every step.
+        tensors: the op's bank arguments by name, each `[len(steps) or 1, ...]`, floating point; used as fp32.
+        options: static options of the op.
+    """
+
+    site: str
+    op: str
+    steps: tuple[int, ...] | None
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> int:
+        """How many parameter sets there are."""
+        return 1 if self.steps is None else len(self.steps)
+
+    def check(self) -> None:
+        """Raise an InputError unless names, options, shapes and values fit the op (the width needs the site)."""
+        arguments = list(inspect.signature(registry.get(self.op).function).parameters)
+        banks = arguments[1 : arguments.index("slot")]
+        options = [name for name in arguments if name not in (arguments[0], *banks, *_TABLE_ARGUMENTS)]
+        where = f"parameters of site {self.site} for {self.op}"
+        if set(self.tensors) != set(banks):
+            raise InputError(f"{where}, tensors", value=", ".join(sorted(self.tensors)), allowed=", ".join(banks))
+        for option in self.options:
+            if option not in options:
+                fix = did_you_mean(option, options)
+                raise InputError(f"{where}, option", value=option, allowed=", ".join(options) or "none", fix=fix)
+        if self.steps is not None and (len(set(self.steps)) != len(self.steps) or not self.steps):
+            raise InputError(f"{where}, steps", value=self.steps, allowed="at least one step, each once")
+        most = max(tensor.dim() for tensor in self.tensors.values())
+        for name, tensor in self.tensors.items():
+            if not tensor.is_floating_point() or tensor.dim() < 2 or len(tensor) != self.sets:
+                found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                raise InputError(f"{where}, {name}", value=found, allowed=f"floating point [{self.sets}, ...]")
+            # Minus infinity marks an unused entry in a bank of scores; never in one that holds vectors.
+            usable = torch.isfinite(tensor) | ((tensor == -math.inf) & (tensor.dim() < most))
+            if not bool(usable.all()):
+                raise InputError(
+                    f"{where}, {name}", value="NaN or infinity", allowed="finite values", fix="fit or load them again"
+                )
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """Parameters and their schedule: step -> (strength of cond rows, of uncond rows).
+
+    Step None stands for every step that is not listed; a step that is missing is off.
+    """
+
+    parameters: SiteParameters
+    schedule: Strengths
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Strengths (cond, uncond) at `step`; 0 where no parameters serve it."""
+        steps = self.parameters.steps
+        if steps is not None and step not in steps:
+            return 0.0, 0.0
+        return self.schedule.get(step, self.schedule.get(None, (0.0, 0.0)))
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is to happen at all."""
+        return any(cond != 0 or uncond != 0 for cond, uncond in self.schedule.values())
+
+    def check(self, sites: Mapping[str, Site], steps: Mapping[str, int]) -> None:
+        """Raise an InputError unless the entry fits a model.
+
+        Args:
+            sites: the model's sites by name.
+            steps: number of steps of each part.
+        """
+        name = self.parameters.site
+        if name not in sites:
+            raise InputError("unknown site", value=name, allowed=brief(sites), fix=did_you_mean(name, sites))
+        self.parameters.check()
+        count = steps[sites[name].part]
+        own = self.parameters.steps
+        scheduled = [step for step in self.schedule if step is not None]
+        for step in (*(own or ()), *scheduled):
+            if not isinstance(step, int) or not 0 <= step < count:
+                raise InputError(f"step of site {name}", value=step, allowed=f"0..{count - 1}")
+        for when, values in self.schedule.items():
+            if when is not None and own is not None and when not in own and any(values):
+                raise InputError(
+                    f"schedule of site {name}: no parameters for step",
+                    value=when,
+                    allowed=", ".join(map(str, own)),
+                    fix="fit this step or take it out of the schedule",
+                )
+            if len(values) != 2 or not all(math.isfinite(value) for value in values):
+                raise InputError(
+                    f"strengths of site {name} at step {when}", value=values, allowed="two finite numbers: cond, uncond"
+                )
+
+
+class Plan:
+    """What to change: parameters at sites and steps, and a schedule of strengths.
+
+    Args:
+        parameters: parameters per site; several entries at one site are applied in order.
+        schedule: site -> {step: (strength of cond rows, strength of uncond rows)}; a missing step is off, step None
+            stands for all steps that are not listed. It holds for every entry of the site.
+
+    Attributes:
+        entries: parameters with their schedules, in the order of application.
+
+    `plan + plan` applies the first and then the second; each keeps its own schedule.
+
+    Raises:
+        InputError: a schedule for a site without parameters.
+    """
+
+    def __init__(
+        self, parameters: Iterable[SiteParameters] = (), schedule: Mapping[str, Strengths] | None = None
+    ) -> None:
+        schedule = schedule or {}
+        parameters = list(parameters)
+        names = [entry.site for entry in parameters]
+        for site in schedule:
+            if site not in names:
+                fix = did_you_mean(site, names)
+                raise InputError("schedule for a site without parameters", value=site, allowed=brief(names), fix=fix)
+        self.entries = [PlanEntry(entry, dict(schedule.get(entry.site, {}))) for entry in parameters]
+
+    @classmethod
+    def build(cls, parameters: Iterable[SiteParameters], *, rows: str = "cond", strength: float = 1.0) -> "Plan":
+        """The plan with the same strength wherever there are parameters.
+
+        Args:
+            parameters: parameters per site.
+            rows: "cond", "uncond" or "both".
+            strength: dimensionless; 1 applies the fitted change in full.
+        """
+        if rows not in _ROWS:
+            raise InputError("rows", value=rows, allowed=", ".join(_ROWS), fix=did_you_mean(rows, _ROWS))
+        cond, uncond = _ROWS[rows]
+        plan = cls(parameters)
+        pair = (cond * strength, uncond * strength)
+        plan.entries = [
+            PlanEntry(entry.parameters, dict.fromkeys(entry.parameters.steps or (None,), pair))
+            for entry in plan.entries
+        ]
+        return plan
+
+    @property
+    def parameters(self) -> list[SiteParameters]:
+        """Parameters of all entries, in order."""
+        return [entry.parameters for entry in self.entries]
+
+    @property
+    def schedule(self) -> dict[str, Strengths]:
+        """Schedule by site; where entries of one site differ (after `+`), that of the last; `entries` has them all."""
+        return {entry.parameters.site: entry.schedule for entry in self.entries}
+
+    def __add__(self, other: "Plan") -> "Plan":
+        if not isinstance(other, Plan):
+            return NotImplemented
+        merged = Plan()
+        merged.entries = [*self.entries, *other.entries]
+        return merged
