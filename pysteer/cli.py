@@ -86,14 +86,15 @@ def _show_keys(kind: type) -> None:
     import dataclasses
     import typing
 
-    from pysteer.recipes.config import describe
+    from pysteer.recipes.config import config_values, describe, field_notes
 
-    hints = typing.get_type_hints(kind)
+    hints, notes, defaults = typing.get_type_hints(kind), field_notes(kind), config_values(kind())
     for field in dataclasses.fields(kind):
-        default = field.default if field.default is not dataclasses.MISSING else None
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        typer.echo(f"{field.name}={'' if default is None else default}  ({describe(hints[field.name])})")
+        default = defaults[field.name]
+        shown = json.dumps(default) if isinstance(default, (bool, list, dict)) else default
+        typer.echo(f"{field.name}={'' if default is None else shown}  ({describe(hints[field.name])})")
+        if field.name in notes:
+            typer.echo(f"    {notes[field.name]}")
 
 
 def _show_result(folder: Path, best: dict[str, Any]) -> None:
@@ -108,6 +109,28 @@ def _show_result(folder: Path, best: dict[str, Any]) -> None:
     for title, file in (("report", "report.html"), ("summary", "summary.json")):
         if (folder / file).is_file():
             console.print(f"{title}: {folder / file}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def grid(
+    folder: Annotated[Path | None, typer.Argument(help="Folder the setup files go to.")] = None,
+    words: Words = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name the files.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List the keys with their defaults.")] = False,
+) -> None:
+    """Write a family of setup files, one for every combination of scales, layers and strengths."""
+    from pysteer.recipes.grid import GridConfig, write_grid
+
+    if keys:
+        _show_keys(GridConfig)
+        return
+    if folder is None:
+        raise InputError("missing folder", fix="write for example pysteer grid setup strength_cond=1,2,4")
+    paths = write_grid(folder, words or [], dry_run=dry_run)
+    if dry_run:
+        typer.echo("\n".join(str(path) for path in paths))
+    else:
+        typer.echo(f"{len(paths)} setup files in {folder}")
 
 
 @app.command()
