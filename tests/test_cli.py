@@ -115,6 +115,23 @@ def test_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "toy", "--keys") == 0
     assert "steps=3  (a whole number)" in capsys.readouterr().out.splitlines()
+    assert call("grid", "--keys") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 'scales=["all"]  (a list of text)' in lines
+    assert "    strengths of the conditional rows." in lines
+
+
+def test_grid_writes_setup_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "setup"
+    assert call("grid", str(folder), "strength_cond=1,2", "layers=all,0-1", "--dry-run") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert not folder.exists()
+    assert call("grid", str(folder), "strength_cond=1,2", "layers=all,0-1") == 0
+    assert capsys.readouterr().out == f"4 setup files in {folder}\n"
+    assert len(list(folder.iterdir())) == 4
+    assert call("grid") == 2
+    assert call("grid", str(folder / "more"), "layers=9") == 2
+    assert not (folder / "more").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

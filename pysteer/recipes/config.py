@@ -7,8 +7,10 @@ bool, int, float, str, Path, Literal, Enum, Optional and other unions, list, tup
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -236,6 +238,8 @@ def _convert_dict(value: Any, arguments: tuple[Any, ...], hint: Any, key: str) -
 
 
 def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
+    if hint is str and value is None:  # `KEY:` without a value in a YAML file
+        return ""
     if hint in (str, Path) and isinstance(value, (str, int, float, Path)) and not isinstance(value, bool):
         if hint is Path and not str(value).strip():
             raise _bad(key, value, describe(hint))
@@ -254,6 +258,23 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
         except (ValueError, OverflowError):
             pass
     raise _bad(key, value, describe(hint))
+
+
+def field_notes(kind: type) -> dict[str, str]:
+    """What the `Attributes:` part of a class docstring says about each field, joined to one line."""
+    lines = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2].splitlines()
+    notes: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            name = start[1]
+            notes[name] = start[2].strip()
+        elif name and line.startswith("        "):
+            notes[name] += " " + line.strip()
+        else:
+            break
+    return notes
 
 
 def config_values(config: Any) -> dict[str, Any]:

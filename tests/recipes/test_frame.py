@@ -126,6 +126,7 @@ def test_file_then_words(tmp_path: Path) -> None:
     values = merge_values(read_values(path), parse_words(["part.rate=0.2"]))
     config = build_config(Config, values)
     assert config == Config(seed=9, scale=2.0, title="shapes", part=Part(0.2, ("p", "q")))
+    assert build_config(Config, {"title": None}).title == ""
     assert build_config(Config, read_values_from_text(config_yaml(config), tmp_path)) == config
 
 
