@@ -386,7 +386,7 @@ class Infinity(nn.Module):
         level: 0-dim int64 scale index; start: tokens of earlier scales; guidance: 0-dim CFG factor used after the
         absolute layers in ``insertion``, where both halves of the rows are replaced by their mixture.
         """
-        x = x + self.lvl_embed.weight[level].float()
+        x = x + self.lvl_embed(level.view(1)).float()  # weight[level] would read the index on the host
         for i, block in enumerate(self.blocks):
             x = block(x, condition.modulation, condition.keys_values[i], condition.mask, rope, caches[i], start)
             if i in insertion:
