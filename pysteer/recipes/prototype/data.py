@@ -50,7 +50,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PairData:
-    """What is generated for a pair; `others` (class -> prompts) are fitted on as what to leave, `bystanders` test it."""
+    """What is generated for a pair; `others` (class -> prompts) are fitted on too, `bystanders` test it."""
 
     pair: Pair
     fit: Prompts
