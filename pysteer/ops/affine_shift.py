@@ -91,7 +91,9 @@ def _forward(
     channel_dim: int,
 ) -> Tensor:
     out = torch.empty_like(x)
-    return _run(out, x, gain, bias, slot, strength, clock, span, channel_dim, choose(x, out, channel_dim))
+    return _run(
+        out, x, gain, bias, slot, strength, clock, span, channel_dim, choose("affine_shift", x, out, channel_dim)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -162,7 +164,9 @@ def affine_shift(
         return _plain(x, gain, bias, slot, strength, clock, span, channel_dim)
     if not has_memory(x):
         return out.copy_(_plain(x, gain, bias, slot, strength, clock, span, channel_dim))
-    return _run(out, x, gain, bias, slot, strength, clock, span, channel_dim, choose(x, out, channel_dim))
+    return _run(
+        out, x, gain, bias, slot, strength, clock, span, channel_dim, choose("affine_shift", x, out, channel_dim)
+    )
 
 
 def _make_inputs(case: Case) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def _make_inputs(case: Case) -> dict[str, Any]:
 
 
 def _implementation(x: Tensor, out: Tensor | None = None, channel_dim: int = -1, **_: Any) -> str:
-    return choose(x, torch.empty_like(x) if out is None else out, channel_dim).backend
+    return choose("affine_shift", x, torch.empty_like(x) if out is None else out, channel_dim).backend
 
 
 _ALL = "fp32, bf16, fp16 in all layouts with channels or tokens next to each other"

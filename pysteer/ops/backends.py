@@ -55,6 +55,14 @@ def load_kernels(op: str) -> Any:
     return import_module(f"pysteer.kernels.{op}")
 
 
+@cache
+def provides(name: str, op: str) -> bool:
+    """Whether a backend that is live has the kernel of this op; an extension built from older sources may not."""
+    if name == "triton":
+        return find_spec(f"pysteer.kernels.{op}") is not None
+    return hasattr(extension(), op if name == "cpu" else f"{op}_{name}")
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -30,12 +30,13 @@ class Launch(NamedTuple):
 _REFERENCE = Launch("reference")
 
 
-def choose(x: Tensor, out: Tensor, channel_dim: int, serves: Callable[[str], bool] | None = None) -> Launch:
+def choose(op: str, x: Tensor, out: Tensor, channel_dim: int, serves: Callable[[str], bool] | None = None) -> Launch:
     """Return the first live backend that serves the call, or the reference.
 
     Kernels want fp32, bf16 or fp16, and channels or tokens next to each other in both tensors.
 
     Args:
+        op: name of the op.
         x, out: activation and result.
         channel_dim: where the channels are.
         serves: what the op itself says about a backend.
@@ -43,7 +44,7 @@ def choose(x: Tensor, out: Tensor, channel_dim: int, serves: Callable[[str], boo
     names = backends.choices(x.device.type)
     if not names or x.dtype not in DTYPE_CODES:
         return _REFERENCE
-    name = next((each for each in names if serves is None or serves(each)), None)
+    name = next((each for each in names if backends.provides(each, op) and (serves is None or serves(each))), None)
     if name is None or x.numel() == 0:
         return _REFERENCE
     a = frame_of(x, channel_dim)

@@ -74,7 +74,8 @@ def _choose(x: Tensor, out: Tensor, prototypes: int, temperature: float, normali
     if temperature > 0 or normalize != "none" or prototypes > _LARGEST_K:
         return Launch("reference")
     forced = len(backends.choices(x.device.type)) == 1
-    return choose(x, out, channel_dim, lambda name: name != "cuda" or forced or prototypes <= _LARGEST_K_IN_REGISTERS)
+    in_registers = prototypes <= _LARGEST_K_IN_REGISTERS
+    return choose("prototype_shift", x, out, channel_dim, lambda name: name != "cuda" or forced or in_registers)
 
 
 def _run(

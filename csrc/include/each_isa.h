@@ -1,0 +1,89 @@
+// Compiles a kernel once per instruction set and picks one at run time: a wheel built on one machine runs on another.
+//
+//     #define PYSTEER_KERNEL "affine_shift.simd.h"
+//     #include "each_isa.h"
+//     const auto run = PYSTEER_PICK(affine_shift);   // isa_avx512::affine_shift, isa_avx2::... or isa_base::...
+//
+// The kernel file has no include guard, includes nothing, and sees pysteer::BFloat16 and the vectors of simd.h. The
+// environment variable PYSTEER_ISA (base, avx2, avx512) lowers the choice; it is read once.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "cpu_features.h"
+#include "element.h"
+
+#ifdef PYSTEER_X86
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define PYSTEER_TARGET_AVX2 \
+    _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
+#define PYSTEER_TARGET_AVX512                                                                                     \
+    _Pragma(                                                                                                      \
+        "clang attribute push(__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\"))), " \
+        "apply_to = function)")
+#define PYSTEER_TARGET_END _Pragma("clang attribute pop")
+#else
+#define PYSTEER_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
+#define PYSTEER_TARGET_AVX512 \
+    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\")")
+#define PYSTEER_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+namespace pysteer {
+
+#define PYSTEER_ISA_LEVEL 0
+namespace isa_base {
+#include "simd.h"
+#include PYSTEER_KERNEL
+}  // namespace isa_base
+#undef PYSTEER_ISA_LEVEL
+
+#ifdef PYSTEER_X86
+PYSTEER_TARGET_AVX2
+#define PYSTEER_ISA_LEVEL 2
+namespace isa_avx2 {
+#include "simd.h"
+#include PYSTEER_KERNEL
+}  // namespace isa_avx2
+#undef PYSTEER_ISA_LEVEL
+PYSTEER_TARGET_END
+
+PYSTEER_TARGET_AVX512
+#define PYSTEER_ISA_LEVEL 3
+namespace isa_avx512 {
+#include "simd.h"
+#include PYSTEER_KERNEL
+}  // namespace isa_avx512
+#undef PYSTEER_ISA_LEVEL
+PYSTEER_TARGET_END
+#endif
+
+namespace {
+
+int isa_level() {
+    static const int level = [] {
+        const int best = cpu_features().avx512f ? 3 : cpu_features().avx2 ? 2 : 0;
+        const char* asked = std::getenv("PYSTEER_ISA");
+        const std::string name = asked ? asked : "";
+        return std::min(best, name == "base" ? 0 : name == "avx2" ? 2 : 3);
+    }();
+    return level;
+}
+
+}  // namespace
+}  // namespace pysteer
+
+#ifdef PYSTEER_X86
+#define PYSTEER_PICK(name)                                    \
+    (::pysteer::isa_level() == 3   ? ::pysteer::isa_avx512::name \
+     : ::pysteer::isa_level() == 2 ? ::pysteer::isa_avx2::name   \
+                                   : ::pysteer::isa_base::name)
+#else
+#define PYSTEER_PICK(name) ::pysteer::isa_base::name
+#endif

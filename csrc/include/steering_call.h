@@ -1,0 +1,94 @@
+// What the CPU kernels of the steering ops share: the steering table, the memory frame of the activation, the copy of
+// what is left alone, and the split of the work over threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "dtype.h"
+#include "element.h"
+
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
+namespace pysteer {
+
+enum Status : int { ok = 0, clock_outside = 1, slot_outside = 2 };
+
+struct Table {
+    const std::int32_t* slot;
+    const float* strength;
+    const std::int64_t* clock;
+    const std::int32_t* span;  // null: all tokens
+    std::int64_t sets, steps, capacity;
+};
+
+struct Row {
+    std::int64_t set = 0;
+    float strength = 0.0f;
+    std::int64_t start = 0, end = 0;  // tokens that are changed; none where the row is left alone
+};
+
+struct Frame {
+    std::int64_t rows, tokens, width;
+    std::int64_t x_row, x_token, x_channel;
+    std::int64_t y_row, y_token, y_channel;
+
+    bool by_token() const { return width == 1 || (x_channel == 1 && y_channel == 1); }
+};
+
+inline Status read_rows(const Table& table, const Frame& frame, std::vector<Row>& rows) {
+    const std::int64_t step = *table.clock;
+    if (step < 0 || step >= table.steps) return clock_outside;
+    rows.resize(frame.rows);
+    for (std::int64_t r = 0; r < frame.rows; ++r) {
+        Row& row = rows[r];
+        row.set = table.slot[step * table.capacity + r];
+        row.strength = table.strength[step * table.capacity + r];
+        if (row.set < 0 || row.set >= table.sets) return slot_outside;
+        if (row.set == 0 || row.strength == 0.0f) continue;
+        row.end = frame.tokens;
+        if (table.span) {
+            row.start = std::clamp<std::int64_t>(table.span[2 * r], 0, frame.tokens);
+            row.end = std::clamp<std::int64_t>(table.span[2 * r + 1], row.start, frame.tokens);
+        }
+    }
+    return ok;
+}
+
+// Tokens [begin, end) of a row, for channels next to each other.
+template <class T>
+void copy_tokens(const T* x, T* y, std::int64_t begin, std::int64_t end, const Frame& f) {
+    if (static_cast<const void*>(x) == y || begin >= end) return;
+    if (f.x_token == f.width && f.y_token == f.width) {
+        std::memcpy(y + begin * f.width, x + begin * f.width, (end - begin) * f.width * sizeof(T));
+        return;
+    }
+    for (std::int64_t t = begin; t < end; ++t) std::memcpy(y + t * f.y_token, x + t * f.x_token, f.width * sizeof(T));
+}
+
+inline std::int64_t last_level_cache() {
+    static const std::int64_t bytes = [] {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+        return std::max<std::int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 4 << 20);
+#else
+        return std::int64_t(16) << 20;
+#endif
+    }();
+    return bytes;
+}
+
+// A result that will not be found in the cache anyway is written past it, which saves reading it first.
+inline bool worth_streaming(const void* x, const void* y, std::int64_t bytes) {
+    return x != y && 2 * bytes >= last_level_cache();
+}
+
+// Threads for work that reads `bytes`: waking one costs some microseconds.
+inline int threads_for(std::int64_t bytes, std::int64_t available) {
+    return int(std::clamp<std::int64_t>(bytes >> 16, 1, std::max<std::int64_t>(available, 1)));
+}
+
+}  // namespace pysteer
