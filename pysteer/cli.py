@@ -134,6 +134,37 @@ def grid(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="Official weights: a .pth or .safetensors file, or a folder of shards.")
+    ],
+    out: Annotated[Path, typer.Argument(help="New folder, in safetensors and JSON.")],
+    kind: Annotated[str, typer.Option(help="What the source is.")] = "infinity-transformer",
+    vae: Annotated[Path | None, typer.Option(help="Image tokenizer; makes a whole pipeline.")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="T5 folder; makes a whole pipeline.")] = None,
+    pn: Annotated[str | None, typer.Option(help="Resolution the weights are for, such as 0.06M or 1M.")] = None,
+    h_div_w: Annotated[float | None, typer.Option(help="Height over width of the images.")] = None,
+    patchify: Annotated[bool | None, typer.Option(help="Whether tokens are 2x2 patches of bits.")] = None,
+    ema: Annotated[bool | None, typer.Option("--ema", help="Take the moving average of a checkpoint.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type to store: keep, fp32, bf16 or fp16.")] = None,
+) -> None:
+    """Convert the official Infinity weights to safetensors."""
+    from pysteer.models.infinity import convert as conversion
+
+    given = {"pn": pn, "h_div_w": h_div_w, "patchify": patchify, "ema": ema, "dtype": dtype}
+    options = {name: value for name, value in given.items() if value is not None}
+    if (vae is None) != (text_encoder is None):
+        raise InputError("a pipeline needs both --vae and --text-encoder", fix="give both, or none to convert one part")
+    if vae is not None and text_encoder is not None:
+        done = conversion.convert_pipeline(out, transformer=source, vae=vae, text_encoder=text_encoder, **options)
+    else:
+        if kind == "infinity-vae" and set(options) - {"ema", "dtype"}:
+            raise InputError("options of infinity-vae", value=", ".join(options), allowed="ema, dtype")
+        done = conversion.convert(source, out, kind, **options)
+    typer.echo(f"{done.kind} {done.name or 'of no published size'}: {done.parameters:,} parameters in {done.folder}")
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print versions, devices, and which kernels are in use and why others are not."""
     from pysteer.environment import describe

@@ -82,6 +82,10 @@ def test_help_starts_without_torch(root: Path) -> None:
         (["run", "toy", "--name", "../up"], ["run name", "../up"]),
         (["run", "toy", "--nonsense"], ["--nonsense"]),
         (["nonsense"], ["nonsense"]),
+        (["convert", "nowhere.pth", "out"], ["not found", "nowhere.pth"]),
+        (["convert", "nowhere.pth", "out", "--kind", "x"], ["kind of weights", "'x'", "infinity-vae"]),
+        (["convert", "nowhere.pth", "out", "--kind", "infinity-vae", "--pn", "1M"], ["options of infinity-vae", "pn"]),
+        (["convert", "nowhere.pth", "out", "--vae", "v.pth"], ["--text-encoder"]),
     ],
 )
 @pytest.mark.usefixtures("toy")
@@ -98,6 +102,7 @@ def test_bad_input_is_one_line_and_code_2(
     assert "\n" not in shown
     assert all(word in shown for word in words), shown
     assert not list(tmp_path.glob("results/*"))
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.usefixtures("toy")
