@@ -1,0 +1,104 @@
+"""Seeing every activation at a list of sites while a model runs, with its step and its rows; eager only."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysteer.errors import InputError, PysteerError
+from pysteer.families.base import Family, find_family
+from pysteer.steering.attach import attach
+from pysteer.steering.site import Site, brief, did_you_mean
+
+
+@dataclass
+class PartRows:
+    """Rows of the running batch of one part, `[cond | uncond]`; `lengths` counts the valid tokens of each row."""
+
+    cond: int = 0
+    uncond: int = 0
+    lengths: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.cond + self.uncond
+
+
+See = Callable[[Site, int, Tensor, PartRows], Tensor]
+
+
+class _Tap:
+    """Attached to one site; passes what it gets to `see` and puts the answer in its place."""
+
+    def __init__(self, site: Site, clock: Callable[[], Tensor], rows: PartRows, see: See) -> None:
+        self._site, self._clock, self._rows, self._see = site, clock, rows, see
+
+    def apply(self, x: Tensor) -> Tensor:
+        if len(x) != self._rows.rows:
+            raise PysteerError(
+                f"site {self._site.name} ran with {len(x)} rows, but the run announced {self._rows.rows}; "
+                "fix: run the model through its pipeline or its generation function"
+            )
+        return self._see(self._site, int(self._clock()), x, self._rows)
+
+    def to(self, device: torch.device) -> "_Tap":
+        return self
+
+
+def choose_sites(family: Family, obj: Any, names: str | Iterable[str]) -> list[Site]:
+    """Sites by name; a name without its number ("ca_block") stands for all of them, in the model's order.
+
+    Raises:
+        InputError: no such site, or one given twice.
+    """
+    known = family.sites(obj)
+    chosen: dict[str, Site] = {}
+    for name in [names] if isinstance(names, str) else list(names):
+        matches = [name] if name in known else [site for site in known if site.rpartition(".")[0] == name]
+        if not matches:
+            raise InputError("unknown site", value=name, allowed=brief(known), fix=did_you_mean(name, known))
+        for match in matches:
+            if match in chosen:
+                raise InputError("site given twice", value=match, fix="name it once")
+            chosen[match] = known[match]
+    if not chosen:
+        raise InputError("sites", value="none", allowed=brief(known))
+    return list(chosen.values())
+
+
+@contextmanager
+def tapped(obj: Any, sites: Iterable[Site], see: See) -> Iterator[None]:
+    """While the block runs, every activation at `sites` is replaced by `see(site, step, x, rows)`.
+
+    Args:
+        obj: a model or pipeline of a known family.
+        sites: where to look.
+        see: gets the site, the step of its clock, the activation as the module returned it, and the rows of the batch.
+    """
+    family = find_family(obj)
+    sites = list(sites)
+    states = {site.part: PartRows() for site in sites}
+
+    def on_rows(part: str, cond: int, uncond: int, lengths: Tensor | None) -> None:
+        if part in states:
+            states[part].cond, states[part].uncond, states[part].lengths = cond, uncond, lengths
+
+    def clock_of(part: str) -> Callable[[], Tensor]:
+        return lambda: family.clock(obj, part)  # asked every time: a model moved to another device has another one
+
+    with ExitStack() as stack:
+        stack.callback(family.connect(obj, on_rows))
+        for part, rows in states.items():
+            taps = [(site, _Tap(site, clock_of(part), rows, see)) for site in sites if site.part == part]
+            stack.enter_context(attach(family.root(obj, part), taps))
+        yield
+
+
+def as_tokens(x: Tensor, layout: str) -> Tensor:
+    """An activation of any layout as `[R, L, D]`."""
+    if layout == "rows":
+        return x.unsqueeze(1)
+    return x.flatten(2).transpose(1, 2) if layout == "channels" else x
