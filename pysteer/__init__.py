@@ -11,7 +11,15 @@ Attributes load on first use, so `import pysteer` needs neither a GPU, nor Trito
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pysteer import zoo
+    from pysteer.capture import Fitted, fit
+    from pysteer.errors import InputError, PysteerError
+    from pysteer.methods import Method
+    from pysteer.ops import backend
+    from pysteer.steering import Plan, Site, SiteParameters, steer
 
 __version__ = "0.1.0"
 
@@ -44,7 +52,20 @@ _MODULES = frozenset(
     )
 )
 
-__all__ = sorted(["__version__", *_ATTRIBUTES, "zoo"])
+__all__ = [
+    "Fitted",
+    "InputError",
+    "Method",
+    "Plan",
+    "PysteerError",
+    "Site",
+    "SiteParameters",
+    "__version__",
+    "backend",
+    "fit",
+    "steer",
+    "zoo",
+]
 
 
 def __getattr__(name: str) -> Any:

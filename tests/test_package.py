@@ -51,6 +51,10 @@ def test_public_names_resolve(name: str) -> None:
     assert name in dir(pysteer)
 
 
+def test_every_lazy_name_is_public() -> None:
+    assert set(pysteer._ATTRIBUTES) | {"__version__", "zoo"} == set(pysteer.__all__)
+
+
 def test_unknown_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = pysteer.nonsense

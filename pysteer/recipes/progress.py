@@ -35,6 +35,12 @@ def rate_text(done: float, seconds: float) -> str:
     return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 
+class Show(Protocol):
+    """What a task is told when it counts by itself: units done so far, and their number where it is known."""
+
+    def __call__(self, done: float, total: float | None = None) -> None: ...
+
+
 class Progress:
     """Makes the tasks of one run.
 
@@ -59,12 +65,24 @@ class Progress:
     @contextmanager
     def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
         """Show a task of `total` units (None when unknown) while the block runs."""
-        drawn = self._bar(label, total) if self.console.is_terminal else self._lines(label, total)
-        with drawn as advance:
+        with self.follow(label, total) as show:
+            done = 0.0
+
+            def advance(units: float = 1) -> None:
+                nonlocal done
+                done += units
+                show(done, total)
+
             yield advance
 
     @contextmanager
-    def _bar(self, label: str, total: float | None) -> Iterator[Advance]:
+    def follow(self, label: str, total: float | None = None) -> Iterator[Show]:
+        """Show a task that says how far it is: the block gets `show(done, total)`, as `fit(progress=...)` takes it."""
+        with self._bar(label, total) if self.console.is_terminal else self._lines(label, total) as show:
+            yield show
+
+    @contextmanager
+    def _bar(self, label: str, total: float | None) -> Iterator[Show]:
         from rich import progress as rich
 
         class Rate(rich.ProgressColumn):
@@ -82,23 +100,22 @@ class Progress:
         )
         with rich.Progress(*columns, console=self.console) as bars:
             task = bars.add_task(label, total=total)
-            yield lambda units=1: bars.advance(task, units)
+            yield lambda done, total=None: bars.update(task, completed=done, total=total)
 
     @contextmanager
-    def _lines(self, label: str, total: float | None) -> Iterator[Advance]:
+    def _lines(self, label: str, total: float | None) -> Iterator[Show]:
         start = shown = time.monotonic()
-        done = 0.0
+        now = (0.0, total)
 
-        def advance(units: float = 1) -> None:
-            nonlocal done, shown
-            done += units
-            now = time.monotonic()
-            if now - shown >= self.every and (total is None or done < total):
-                shown = now
-                self._print(label, done, total, now - start)
+        def show(done: float, total: float | None = None) -> None:
+            nonlocal now, shown
+            now = (done, total)
+            if time.monotonic() - shown >= self.every and (total is None or done < total):
+                shown = time.monotonic()
+                self._print(label, *now, shown - start)
 
-        yield advance
-        self._print(label, done, total, time.monotonic() - start)
+        yield show
+        self._print(label, *now, time.monotonic() - start)
 
     def _print(self, label: str, done: float, total: float | None, seconds: float) -> None:
         parts = [f"{done:g}" if total is None else f"{done:g}/{total:g}", rate_text(done, seconds)]

@@ -284,6 +284,15 @@ def test_progress_lines_tell_rate_and_time_left() -> None:
     assert lines[-1].startswith("images: 3/3, ")
 
 
+def test_progress_follows_a_task_that_counts_by_itself() -> None:
+    stream = io.StringIO()
+    with Progress(Console(file=stream, width=200), every=0.0).follow("fit") as show:
+        show(1, 2)
+        show(2, 2)
+    lines = stream.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["fit: 1/2", "fit: 2/2"]
+
+
 def test_progress_bar_on_a_terminal() -> None:
     stream = io.StringIO()
     progress = Progress(Console(file=stream, force_terminal=True, width=120))
