@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pysteer import zoo
-    from pysteer.capture import Fitted, fit
+    from pysteer.capture.fit import fit
+    from pysteer.capture.fitted import Fitted
     from pysteer.errors import InputError, PysteerError
     from pysteer.methods import Method
     from pysteer.ops import backend
