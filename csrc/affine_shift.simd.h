@@ -2,15 +2,6 @@
 //
 // y = x + s ((g - 1) x + b) = fma(s, fma(g - 1, x, b), x).
 
-template <class T, bool kStream>
-inline void put(T* p, Vec v) {
-    if (kStream) {
-        stream(p, v);
-    } else {
-        store(p, v);
-    }
-}
-
 // kTokens tokens at a time share the loads of gain and bias.
 template <class T, int kTokens, bool kStream>
 inline void affine_block(const T* x, T* y, std::int64_t x_stride, std::int64_t y_stride, std::int64_t width,

@@ -5,6 +5,7 @@
 //   load(p), store(p, v)       of float, BFloat16, Float16; store rounds once, to nearest even
 //   load_first(p, n)           the first n floats, zeros behind them
 //   stream(p, v)               store past the caches; p aligned to the bytes written
+//   put<T, kStream>(p, v)      one of the two
 //   sum4(a, b, c, d, out)      the sums of the lanes of four vectors
 
 #if PYSTEER_ISA_LEVEL == 3
@@ -139,6 +140,15 @@ inline void finish_streams() { _mm_sfence(); }
 #else
 inline void finish_streams() {}
 #endif
+
+template <class T, bool kStream>
+inline void put(T* p, Vec v) {
+    if (kStream) {
+        stream(p, v);
+    } else {
+        store(p, v);
+    }
+}
 
 // One element, with the rounding of the vector form.
 inline float fma1(float a, float b, float c) {
