@@ -10,6 +10,7 @@ What is attached is held in a tuple of plain objects and read by plain attribute
 but not the absence of a key in `module.__dict__`.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -107,7 +108,9 @@ def _plain_reduce(base: type[nn.Module]) -> Callable[..., Any]:
     """`__reduce_ex__` under which a copy or a pickle is an instance of the base class with nothing attached."""
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        reduced = base.__reduce_ex__(self, protocol)
+        # Protocol 1 names the class in an argument; from 2 on pickle insists that it is the class of the object.
+        own_way = base.__reduce_ex__ is not object.__reduce_ex__
+        reduced = base.__reduce_ex__(self, protocol if own_way else 1)
         if isinstance(reduced, str):
             return reduced
         function, arguments, *rest = reduced
@@ -120,17 +123,24 @@ def _plain_reduce(base: type[nn.Module]) -> Callable[..., Any]:
     return __reduce_ex__
 
 
-def _plain_deepcopy(base: Any) -> Callable[..., Any]:
-    """The same for base classes that copy themselves (parametrized modules)."""
+def _plain_deepcopy(base: type[nn.Module]) -> Callable[..., Any]:
+    """`__deepcopy__` that copies the module as it is without steering, in the way of its own class."""
 
     def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> Any:
         held = {key: self.__dict__.pop(key) for key in _KEYS if key in self.__dict__}
+        own = type(self)
         try:
-            replica = base.__deepcopy__(self, memo)
+            if "_steer_base" in own.__dict__:
+                _restore_class(self)
+                return copy.deepcopy(self, memo)
+            # A class on top of ours, such as that of a parametrized module, which cannot be pickled.
+            replica = own.__new__(own)
+            memo[id(self)] = replica
+            replica.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return replica
         finally:
+            object.__setattr__(self, "__class__", own)
             self.__dict__.update(held)
-        _restore_class(replica)
-        return replica
 
     return __deepcopy__
 
@@ -155,9 +165,8 @@ def _steered_class(base: type[nn.Module]) -> type[nn.Module]:
         "__call__": _run_call(base),
         "_apply": _follow_device(base),
         "__reduce_ex__": _plain_reduce(base),
+        "__deepcopy__": _plain_deepcopy(base),
     }
-    if hasattr(base, "__deepcopy__"):
-        namespace["__deepcopy__"] = _plain_deepcopy(base)
     metaclass: Any = type(base)
     steered = metaclass(base.__name__, (base,), namespace)
     base._steer_class = steered  # type: ignore[attr-defined]

@@ -63,7 +63,7 @@ class _Part:
                 self.span = torch.zeros(capacity, 2, dtype=torch.int32, device=device)
         for table in self.tables:
             table.settle()
-            table.span = self.span
+            table.span = self.span if table.site.layout == "tokens" else None
         self.span[:, 1] = ALL_TOKENS
         if lengths is not None:
             self.span[: self.cond + self.uncond, 1].copy_(lengths)
@@ -184,7 +184,7 @@ class Handle:
         Args:
             part: the part of the model that is about to run.
             cond, uncond: numbers of rows; one is zero or both are equal.
-            lengths: int `[cond + uncond]`, how many tokens of each row count; None for all.
+            lengths: int `[cond + uncond]`, how many tokens of each row count; None for all. For sites of layout "tokens".
 
         Raises:
             InputError: rows that are not ordered so, or a strength or gate for another number of prompts.

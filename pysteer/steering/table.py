@@ -151,6 +151,7 @@ class Table:
         calls, tokens, known = self.calls, self.tokens, self.steps
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(max(steps, known), max(rows, self.capacity))
+            self.span = None  # of the old capacity; the part gives a new one
             self.calls[:known] = calls
             self.tokens[:known] = tokens
         self.load(entry)
