@@ -4,6 +4,7 @@
     python scripts/train_zoo_infinity.py --stage tokenizer
     python scripts/train_zoo_infinity.py --stage classifier
     python scripts/train_zoo_infinity.py --stage transformer
+    python scripts/train_zoo_infinity.py --stage evaluate
 
 Every stage runs a fixed number of steps from a seed, on a CPU or a GPU, and goes on from its checkpoint in ``--work``
 when it is started again. Weights are written to ``--out`` (by default into the package).
@@ -24,6 +25,7 @@ STAGES = {
     "tokenizer": "zoo_infinity.tokenizer_stage",
     "classifier": "zoo_infinity.classifier_stage",
     "transformer": "zoo_infinity.transformer_stage",
+    "evaluate": "zoo_infinity.evaluate_stage",
 }
 
 

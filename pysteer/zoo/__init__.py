@@ -22,7 +22,8 @@ def available() -> dict[str, list[str]]:
 
 def _load(kind: str, table: dict[str, tuple[str, str, str]], name: str) -> Any:
     if name not in table:
-        raise InputError(f"{kind} of the zoo", value=name, allowed=", ".join(sorted(table)), fix="use one of these names")
+        known = ", ".join(sorted(table))
+        raise InputError(f"{kind} of the zoo", value=name, allowed=known, fix="use one of these names")
     folder, module, cls = table[name]
     return getattr(import_module(module), cls).from_pretrained(FOLDER / folder)
 

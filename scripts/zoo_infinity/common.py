@@ -119,6 +119,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, parts: dict[str, Any], fresh: bool = False) -> None:
         self.path, self.parts = path, parts
+        self.before, self.began = 0.0, time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             self.path.unlink(missing_ok=True)
@@ -130,14 +131,19 @@ class Checkpoint:
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        self.before = float(state["seconds"])
         print(f"going on from step {state['step']} of {self.path}", flush=True)
         return int(state["step"])
+
+    def seconds(self) -> float:
+        """Wall-clock seconds spent in this run and the ones it goes on from (as of their last checkpoint)."""
+        return self.before + time.monotonic() - self.began
 
     def save(self, step: int) -> None:
         """Write the parts; ``step`` is the next one to run."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         with atomic_path(self.path) as temporary:
-            torch.save({**state, "step": step}, temporary)
+            torch.save({**state, "step": step, "seconds": self.seconds()}, temporary)
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

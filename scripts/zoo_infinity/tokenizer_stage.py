@@ -8,6 +8,9 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pysteer.files import write_image, write_json
+from pysteer.zoo.shapes.tokenizer import ShapeTokenizer
 from zoo_infinity.common import (
     Average,
     Checkpoint,
@@ -23,16 +26,13 @@ from zoo_infinity.common import (
     to_model_range,
 )
 
-from pysteer.files import write_image, write_json
-from pysteer.zoo.shapes.tokenizer import ShapeTokenizer
-
 COMMIT, ENTROPY, GRADIENT = 0.1, 0.02, 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this stage."""
     parser.add_argument("--steps", type=int, default=900, help="steps of part A")
-    parser.add_argument("--edge-steps", type=int, default=2500, help="steps of part B (edge-weighted)")
+    parser.add_argument("--edge-steps", type=int, default=1900, help="steps of part B (edge-weighted)")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--images", type=int, default=24000, help="renders to train on")
@@ -99,9 +99,9 @@ def finish(model: ShapeTokenizer, arguments: argparse.Namespace, device: torch.d
     sizes = {
         size: values[[scene.size == size for scene in scenes]].mean().item() for size in ("small", "medium", "large")
     }
-    record |= {"psnr_mean": values.mean().item(), "psnr_min": values.min().item(), "psnr_by_size": sizes}
-    ShapeTokenizer.save_pretrained(model.to(torch.bfloat16), folder)
-    model.float()
+    quality = {"psnr_images": len(values), "psnr_mean": values.mean().item(), "psnr_min": values.min().item()}
+    record |= {**quality, "psnr_by_size": sizes}
+    model.save_pretrained(folder)
     shown = to_model_range(images[:48], device)
     made = model.reconstruct(shown)
     rows = [part for i in range(0, 48, 12) for part in (shown[i : i + 12], made[i : i + 12])]
@@ -147,7 +147,6 @@ def run(arguments: argparse.Namespace) -> None:
         if (step + 1) % 250 == 0:
             checkpoint.save(step + 1)
     model.load_state_dict(average.values)
-    seconds = time.monotonic() - began
     record = {
         "steps": arguments.steps,
         "edge_steps": arguments.edge_steps,
@@ -155,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
         "lr": arguments.lr,
         "seed": arguments.seed,
         "images": arguments.images,
-        "seconds": seconds if start == 0 else None,
+        "seconds": round(checkpoint.seconds()),
         "parameters": sum(p.numel() for p in model.parameters()),
         "machine": machine(),
     }

@@ -133,7 +133,8 @@ class MultiScaleBSQ(nn.Module):
         chance = torch.as_tensor(flip, dtype=torch.float32, device=features.device)
         count = len(self.scales)
         if chance.ndim > 2 or (chance.ndim and chance.shape[-1] != count):
-            raise InputError("flip probabilities", value=tuple(chance.shape), allowed=f"a number, [{count}] or [B, {count}]")
+            allowed = f"a number, [{count}] or [B, {count}]"
+            raise InputError("flip probabilities", value=tuple(chance.shape), allowed=allowed)
         return chance.expand(len(features), count)
 
     def quantise(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:

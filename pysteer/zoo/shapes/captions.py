@@ -106,16 +106,18 @@ def compatible(colour: str, background: str) -> bool:
     return colour != background and frozenset((colour, background)) not in FORBIDDEN
 
 
+def offset_of(position: str, size: str) -> tuple[int, int]:
+    """The grid cell (columns, rows from the middle, in 8-px steps) that a position word means for a size."""
+    column, row = _STEP_OF[position]
+    return column * REACH[size], row * REACH[size]
+
+
 def cell_position(size: str, column: int, row: int) -> str:
     """The position word of a grid cell (in 8-px steps from the middle), or "" where none applies.
 
     "left" is the outermost column that this size reaches, in the middle row; the others likewise.
     """
-    reach = REACH[size]
-    for word, (dx, dy) in _STEP_OF.items():
-        if (column, row) == (dx * reach, dy * reach):
-            return word
-    return ""
+    return next((word for word in POSITIONS if offset_of(word, size) == (column, row)), "")
 
 
 def _check(attribute: str, value: str) -> None:
@@ -150,7 +152,7 @@ def sample_scene(rng: random.Random, fixed: dict[str, str] | None = None) -> Sce
     reach = REACH[size]
     if "position" in stated:
         position = fixed.get("position") or rng.choice(POSITIONS)
-        column, row = (reach * step for step in _STEP_OF[position])
+        column, row = offset_of(position, size)
     else:
         column, row = rng.randint(-reach, reach), rng.randint(-reach, reach)
         position = cell_position(size, column, row)

@@ -23,7 +23,7 @@ _RING_INNER = 0.54
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """Scenes as tensors: shape ids int64 [N], colours fp32 [N, 3] in [0, 1], centres fp32 [N, 2] and radii [N] in px."""
+    """Scenes as tensors: shape ids int64 [N], colours fp32 [N, 3] in [0, 1], centres [N, 2] and radii [N] in px."""
 
     shape: Tensor
     colour: Tensor

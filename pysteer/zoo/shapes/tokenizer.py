@@ -90,11 +90,10 @@ class ShapeTokenizer(nn.Module):
         bits, _ = self.quantizer.encode(self.encode(images))
         return self.decode(self.quantizer.decode(bits).to(images.dtype))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (in the present dtype) to a folder."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write config.json and model.safetensors to a folder; weights are rounded to ``dtype``."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / WEIGHTS, {name: value.contiguous() for name, value in self.state_dict().items()})
+        write_safetensors(folder / WEIGHTS, {name: value.to(dtype) for name, value in self.state_dict().items()})
         write_json(folder / CONFIG, {"kind": "ShapeTokenizer", **asdict(self.config)})
 
     @classmethod
