@@ -17,7 +17,6 @@ _PACKAGES = (
     "huggingface_hub",
     "transformers",
     "diffusers",
-    "scikit-learn",
     "matplotlib",
     "pyarrow",
     "omegaconf",
