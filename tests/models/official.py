@@ -13,6 +13,7 @@ Its undeclared or GPU-only dependencies are replaced while it is imported:
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -211,6 +212,23 @@ def pack_text(hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[int]
     packed = torch.cat([row[:n] for row, n in zip(hidden, lens, strict=True)])
     cumulated = F.pad(torch.tensor(lens, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     return packed, lens, cumulated, max(lens)
+
+
+def encode_prompt(tokenizer: Any, encoder: Any, prompt: str) -> tuple[Tensor, list[int], Tensor, int]:
+    """The published `encode_prompt` on the CPU; its file is not imported, as it needs CUDA and more packages."""
+    folder = official_path()
+    assert folder is not None
+    tree = ast.parse((folder / "tools" / "run_infinity.py").read_text(encoding="utf-8"))
+    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "encode_prompt"]
+    names: dict[str, Any] = {"F": F, "torch": torch, "List": list}
+    exec(compile(ast.Module(wanted, []), "encode_prompt", "exec"), names)
+    cuda = Tensor.cuda
+    Tensor.cuda = lambda self, **_: self  # type: ignore[method-assign,assignment]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            return names["encode_prompt"](tokenizer, encoder, prompt)
+    finally:
+        Tensor.cuda = cuda  # type: ignore[method-assign]
 
 
 def published_bits(bits: Tensor, grid: tuple[int, int], patchify: bool) -> Tensor:
