@@ -98,7 +98,9 @@ def test_bad_input_is_one_line_and_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(*arguments) == 2
-    shown = capfd.readouterr().err.strip()
+    printed, shown = capfd.readouterr()
+    shown = shown.strip()
+    assert printed == ""
     assert "\n" not in shown
     assert all(word in shown for word in words), shown
     assert not list(tmp_path.glob("results/*"))

@@ -307,7 +307,9 @@ def execute(
 
 def _run_and_log(found: Recipe, run: Run) -> Summary:
     files.write_text(run.path("config.yaml"), config_yaml(run.config))
-    run.log.info("%s with pysteer %s, configuration %s", run.recipe, pysteer.__version__, run.hash)
+    # Not on the console: what a recipe refuses right away is then one line and nothing else.
+    start = "%s with pysteer %s, configuration %s"
+    run.log.info(start, run.recipe, pysteer.__version__, run.hash, extra={"file_only": True})
     try:
         run.seed_everything()
         summary = found.function(run.config, run)

@@ -17,7 +17,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not getattr(record, "file_only", False):
-            self.console.print(self.format(record), markup=False, highlight=False)
+            self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 def open_log(folder: Path, console: "Console") -> logging.Logger:

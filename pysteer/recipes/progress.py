@@ -122,4 +122,5 @@ class Progress:
         parts.append(f"{clock_text(seconds)} gone")
         if total is not None and 0 < done < total:
             parts.append(f"{clock_text(seconds / done * (total - done))} left")
-        self.console.print(f"{label}: {', '.join(part for part in parts if part)}", markup=False, highlight=False)
+        line = f"{label}: {', '.join(part for part in parts if part)}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
