@@ -46,7 +46,7 @@ def tiny_pipeline(seed: int = 0) -> InfinityPipeline:
 
 
 class Published(nn.Module):
-    """The interface of the published model around the port's blocks: module tree, call arguments, no clock, no listeners.
+    """The interface of the published model around the port's blocks: module tree, call arguments, no clock.
 
     `autoregressive_infer_cfg` walks the scales with its own loop; images are not sampled, the first bits are fed on.
     """

@@ -83,7 +83,8 @@ def fit(
     Raises:
         InputError: unknown sites or steps, prompts that do not pair up, a method that cannot do what is asked.
     """
-    check_choice("control", control, (None, "shuffled"))  # type: ignore[arg-type]
+    if control is not None:
+        check_choice("control", control, ("shuffled",))
     check_choice("rows to steer", rows, ("cond", "uncond", "both"))
     family = find_family(pipe)
     chosen = choose_sites(family, pipe, sites)

@@ -201,10 +201,10 @@ def _watch_published(model: nn.Module, hub: _Hub) -> Callable[[], None]:
     name = "autoregressive_infer_cfg"
     original = getattr(model, name)
     before = model.__dict__.get(name)
-    signature = inspect.signature(original)
+    signature = inspect.signature(getattr(type(model), name))  # of the class: a wrapper on the instance may hide it
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        bound = signature.bind(model, *args, **kwargs)
         bound.apply_defaults()
         batch = int(bound.arguments["B"])
         guided = any(factor != 1 for factor in bound.arguments["cfg_list"])
