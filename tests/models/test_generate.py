@@ -17,7 +17,7 @@ SCALES = ((1, 1), (2, 2), (4, 4))
 def small_model(**changes) -> Infinity:
     torch.manual_seed(0)
     settings = {"depth": 4, "dim": 32, "heads": 2, "bits": 8, "scales": SCALES, "text_dim": 128, "text_maxlen": 12}
-    model = Infinity(InfinityConfig(**{**settings, "chunks": 2, **changes})).eval()
+    model = Infinity(InfinityConfig(**{**settings, "mlp_ratio": 8, "chunks": 2, **changes})).eval()
     with torch.no_grad():  # zero-initialised parts would hide their own mistakes
         for value in model.parameters():
             value.add_(0.05 * torch.randn_like(value))
@@ -68,7 +68,8 @@ def test_a_row_does_not_depend_on_its_batch_mates():
 def test_streams_are_uniform_and_distinct():
     u = row_uniform(torch.tensor([1, 2, 2**40]), 3, 20000)
     assert ((u >= 0) & (u < 1)).all()
-    assert (u.mean(1) - 0.5).abs().max() < 0.01 and (u.var(1) - 1 / 12).abs().max() < 0.01
+    assert (u.mean(1) - 0.5).abs().max() < 0.01
+    assert (u.var(1) - 1 / 12).abs().max() < 0.01
     assert torch.corrcoef(u).fill_diagonal_(0).abs().max() < 0.03
     assert not torch.equal(row_uniform(torch.tensor([1]), 2, 8), row_uniform(torch.tensor([1]), 3, 8))
 
@@ -105,13 +106,15 @@ def test_forced_bits_are_taken():
     model, text = small_model(), some_text()
     forced = [torch.ones(3, 1, 8, dtype=torch.int64), torch.zeros(3, 4, 8, dtype=torch.int64)]
     out = generate(model, text, seeds=seeds(), forced_bits=forced)
-    assert torch.equal(out.bits[0], forced[0]) and torch.equal(out.bits[1], forced[1])
+    assert torch.equal(out.bits[0], forced[0])
+    assert torch.equal(out.bits[1], forced[1])
 
 
 def test_patchified_codes_have_twice_the_grid():
     model = small_model(patchify=True)
     out = generate(model, some_text(), seeds=seeds())
-    assert out.features.shape == (3, 2, 8, 8) and out.bits[-1].shape == (3, 16, 8)
+    assert out.features.shape == (3, 2, 8, 8)
+    assert out.bits[-1].shape == (3, 16, 8)
 
 
 def test_rope_restart_differs_only_after_the_first_scale():
@@ -119,7 +122,9 @@ def test_rope_restart_differs_only_after_the_first_scale():
     logits: list[list[torch.Tensor]] = [[], []]
     bits = generate(fixed, some_text(), seeds=seeds(), cfg=1.0).bits
     for store, model in zip(logits, (fixed, restart), strict=True):
-        generate(model, some_text(), seeds=seeds(), cfg=1.0, forced_bits=bits, on_scale=lambda i, x, s=store: s.append(x))
+        generate(
+            model, some_text(), seeds=seeds(), cfg=1.0, forced_bits=bits, on_scale=lambda i, x, s=store: s.append(x)
+        )
     assert torch.equal(logits[0][0], logits[1][0])
     assert not torch.allclose(logits[0][1], logits[1][1])
 
@@ -173,7 +178,8 @@ def small_pipeline() -> InfinityPipeline:
 def test_pipeline_round_trip_and_inputs(small_pipeline, tmp_path):
     prompts = ["a red circle", "a small blue star at the left on a white background"]
     first = small_pipeline(prompts, seeds=[4, 9])
-    assert first.images.shape == (2, 32, 32, 3) and first.images.dtype == torch.uint8
+    assert first.images.shape == (2, 32, 32, 3)
+    assert first.images.dtype == torch.uint8
     small_pipeline.save_pretrained(tmp_path)
     second = InfinityPipeline.from_pretrained(tmp_path)(prompts, seeds=[4, 9])
     assert torch.equal(first.images, second.images)

@@ -49,6 +49,8 @@ class InfinityConfig:
         object.__setattr__(self, "scales", tuple((int(h), int(w)) for h, w in self.scales))
         if self.dim % self.heads or (self.dim // self.heads) % 4:
             raise InputError("heads", value=self.heads, allowed=f"divisors of dim={self.dim} with head width % 4 == 0")
+        if self.hidden_dim < 1:  # rounding to 256 would leave a small model without its FFN
+            raise InputError("mlp_ratio", value=self.mlp_ratio, allowed=f"above {128 / self.dim:g} at dim={self.dim}")
         if self.depth % self.chunks:
             raise InputError("chunks", value=self.chunks, allowed=f"divisors of depth={self.depth}")
         if self.dim % self.pool_heads:

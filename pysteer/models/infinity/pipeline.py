@@ -153,7 +153,7 @@ class InfinityPipeline:
         state = {k: v.to(dtype) if dtype else v for k, v in self.transformer.state_dict().items()}
         files.write_safetensors(folder / "transformer" / "model.safetensors", state)
         files.write_json(folder / "transformer" / "config.json", self.transformer.config.to_dict())
-        _cast_copy(self.tokenizer, dtype).save_pretrained(folder / "tokenizer")
+        self.tokenizer.save_pretrained(folder / "tokenizer", dtype=dtype or torch.float32)
         with _quiet_transformers():
             _cast_copy(self.text_encoder, dtype).save_pretrained(folder / "text_encoder")
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")

@@ -229,9 +229,10 @@ class InfinityVAE(nn.Module):
             raise InputError("features to decode", value=list(features.shape), allowed=f"[B, {self.config.bits}, h, w]")
         return self.decoder(features.to(self.decoder.conv_in.conv.weight.dtype)).float().clamp(-1, 1)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `model.safetensors` and `config.json` into `folder`."""
-        files.write_safetensors(Path(folder) / "model.safetensors", self.state_dict())
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write `model.safetensors` and `config.json` into `folder`; weights are rounded to `dtype` if it is given."""
+        state = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in self.state_dict().items()}
+        files.write_safetensors(Path(folder) / "model.safetensors", state)
         files.write_json(Path(folder) / "config.json", asdict(self.config))
 
     @classmethod
