@@ -12,13 +12,13 @@ but not the absence of a key in `module.__dict__`.
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from pysteer.errors import InputError, PysteerError
 from pysteer.steering.site import Site, did_you_mean
@@ -201,7 +201,9 @@ def _set(module: nn.Module, key: str, entries: tuple[Any, ...]) -> None:
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    return module._orig_mod if isinstance(module, OptimizedModule) else module
+    """The module inside a `torch.compile(module)` wrapper, else the module itself."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds; without it there is no wrapper
+    return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else module
 
 
 def _settle(outer: nn.Module) -> None:

@@ -184,7 +184,7 @@ class Handle:
         Args:
             part: the part of the model that is about to run.
             cond, uncond: numbers of rows; one is zero or both are equal.
-            lengths: int `[cond + uncond]`, how many tokens of each row count; None for all. For sites of layout "tokens".
+            lengths: int `[cond + uncond]`, how many tokens of each row count (layout "tokens"); None for all.
 
         Raises:
             InputError: rows that are not ordered so, or a strength or gate for another number of prompts.

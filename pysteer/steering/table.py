@@ -77,6 +77,7 @@ class Table:
         self.choice = torch.zeros(steps, 1, dtype=torch.int32, device=self.device)
         self.schedule = torch.zeros(steps, 2, device=self.device)
         self.visits = torch.zeros(steps, dtype=torch.int64, device=self.device)
+        self.index = torch.arange(steps, device=self.device)
         self.calls = torch.zeros_like(self.visits)
         self.tokens = torch.zeros_like(self.visits)
 
@@ -96,10 +97,13 @@ class Table:
         Raises:
             PysteerError: the number of rows is not the one announced (checked in eager code only).
         """
-        if not torch.compiler.is_compiling():
+        visit = math.prod(x.shape[1:-1] if self.site.layout != "channels" else x.shape[2:]) + _CALL
+        if torch.compiler.is_compiling():
+            # Element-wise over S numbers, because Inductor would leave its fused code for a scatter.
+            self.visits.add_(torch.where(self.index == self.clock, visit, 0))
+        else:
             self._check_input(x)
-        tokens = math.prod(x.shape[1:-1]) if self.site.layout != "channels" else math.prod(x.shape[2:])
-        self.visits.index_add_(0, self.clock, self.one, alpha=tokens + _CALL)
+            self.visits.index_add_(0, self.clock, self.one, alpha=visit)
         return self.function(
             x, **self.bank, slot=self.slot, strength=self.strength, clock=self.clock, span=self.span, **self.options
         )
@@ -200,7 +204,7 @@ class Table:
         device = torch.device(device)
         with torch.inference_mode(False), torch.no_grad():
             self.bank = {name: tensor.to(device) for name, tensor in self.bank.items()}
-            for name in ("one", "slot", "strength", "choice", "schedule", "visits", "calls", "tokens"):
+            for name in ("one", "slot", "strength", "choice", "schedule", "index", "visits", "calls", "tokens"):
                 setattr(self, name, getattr(self, name).to(device))
         self.span = None if self.span is None else self.span.to(device)
         self.device = self.slot.device

@@ -1,4 +1,4 @@
-"""What else happens to modules: copies, pickles, casts, parametrizations, sharding, checkpoints; and nothing is left."""
+"""What else happens to modules: copies, pickles, casts, parametrizations, sharding, checkpoints; nothing is left."""
 
 import copy
 import gc

@@ -102,7 +102,7 @@ def test_nothing_is_attached_when_one_of_several_is_refused() -> None:
 
 def test_traced_modules_are_refused() -> None:
     ffn = FeedForward()
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="trace"):
         scripted = torch.jit.trace(ffn, torch.zeros(1, WIDTH))
     for module in (torch.fx.symbolic_trace(ffn), scripted):
         with pytest.raises(InputError, match="traced or scripted"):
@@ -135,10 +135,10 @@ def test_fused_projections_are_refused_also_when_fused_later() -> None:
     attention.to_q, attention.to_out = FeedForward(), FeedForward()
     attachment = attach(attention, {"to_q": Shift(), "to_out": Shift()})
     attention.fused_projections = True
-    with pytest.raises(InputError, match="to_q.*never run.*unfuse"):
+    with pytest.raises(InputError, match=r"to_q.*never run.*unfuse"):
         attachment.ensure()
     attachment.detach()
-    with pytest.raises(InputError, match="to_q.*never run.*unfuse"):
+    with pytest.raises(InputError, match=r"to_q.*never run.*unfuse"):
         attach(attention, {"to_q": Shift()})
     with attach(attention, {"to_out": Shift()}):
         assert torch.equal(attention.to_out(torch.zeros(1, WIDTH)), torch.ones(1, WIDTH))
