@@ -89,7 +89,8 @@ def generate(
     caches = model.new_caches(rows, sum(h * w for h, w in schedule))
     rope, x = model.rope(schedule), model.first_input(condition)
     quantiser = MultiScaleBSQ(model.config.code_dim, schedule, patchify=model.config.patchify)
-    run, start, summed, bits = step or model.scale_step, 0, None, []
+    run, start, bits = step or model.scale_step, 0, []
+    summed = torch.zeros(batch, model.config.code_dim, *quantiser.grid(-1), device=x.device)
     for i, (h, w) in enumerate(schedule):
         model.clock.fill_(i)
         guidance = torch.full((), cfgs[i], device=x.device)

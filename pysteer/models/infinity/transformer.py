@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class TextCondition:
         """``[B, T]`` bool, true at real tokens."""
         return torch.arange(self.hidden.shape[1], device=self.hidden.device) < self.lengths[:, None]
 
-    def to(self, *args, **kwargs) -> TextCondition:
+    def to(self, *args: Any, **kwargs: Any) -> TextCondition:
         hidden = self.hidden.to(*args, **kwargs)
         return TextCondition(hidden, self.lengths.to(hidden.device))
 
@@ -166,7 +167,7 @@ class CrossAttention(nn.Module):
         if pool:
             query = torch.empty(1, heads, self.head_dim)
             nn.init.trunc_normal_(query, std=math.sqrt(1 / dim / 3))
-            self.mat_q: nn.Module | nn.Parameter = nn.Parameter(query)
+            self.mat_q: Any = nn.Parameter(query)  # a linear layer otherwise: the published names
         else:
             self.mat_q = nn.Linear(dim, dim)
         self.mat_kv = nn.Linear(kv_dim, 2 * dim, bias=False)
@@ -312,7 +313,7 @@ class Infinity(nn.Module):
         text = torch.empty(config.text_maxlen, config.text_dim)
         return nn.init.trunc_normal_(text, std=1.2, generator=generator) / config.text_dim**0.5
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Infinity:
         super()._apply(fn, recurse)
         self.clock = self.clock.to(self.pos_start.device)
         self._ropes.clear()
@@ -347,11 +348,11 @@ class Infinity(nn.Module):
     def condition(self, text: TextCondition) -> ModelCondition:
         """Pooled vector, AdaLN modulation and cross-attention keys and values of ``text`` (R rows)."""
         mask = text.mask()[:, None, None, :]
-        dtype = self.text_proj_for_ca[0].weight.dtype
-        hidden = self.text_norm(text.hidden.to(dtype))
+        first: Any = self.text_proj_for_ca[0]
+        hidden = self.text_norm(text.hidden.to(first.weight.dtype))
         pooled = self.text_proj_for_sos(hidden, mask).float()
         projected = self.text_proj_for_ca(hidden)
-        ada = self.shared_ada_lin[1]
+        ada: Any = self.shared_ada_lin[1]
         modulation = F.linear(F.silu(pooled).to(ada.weight.dtype), ada.weight, ada.bias).float()
         modulation = modulation.unflatten(-1, (1, 6, -1))
         return ModelCondition(pooled, modulation, [b.ca.keys_values(projected) for b in self.blocks], mask)
@@ -397,7 +398,8 @@ class Infinity(nn.Module):
 
     def logits(self, x: Tensor, pooled: Tensor) -> Tensor:
         """Logits ``[R, L, 2 * bits]`` fp32: for every bit the pair (zero, one)."""
-        h = self.head_nm(x.float(), pooled.to(self.head_nm.ada_lin[1].weight.dtype))
+        ada: Any = self.head_nm.ada_lin[1]
+        h = self.head_nm(x.float(), pooled.to(ada.weight.dtype))
         return self.head(h.to(self.head.weight.dtype)).float()
 
     def forward(self, text: TextCondition, inputs: Tensor, scales: Sequence[tuple[int, int]] | None = None) -> Tensor:
