@@ -1,24 +1,33 @@
 // Inner loops of affine_shift for one instruction set, included by each_isa.h.
 //
-// y = x + s ((g - 1) x + b) = fma(s, fma(g - 1, x, b), x).
+// y = x + s ((g - 1) x + b) = a x + c with a = 1 + s (g - 1) and c = s b.
 
-// kTokens tokens at a time share the loads of gain and bias.
+inline float scale_of(float gain, float strength) { return fma1(strength, gain - 1.0f, 1.0f); }
+
+// kTokens tokens at a time share the work on gain and bias.
 template <class T, int kTokens, bool kStream>
 inline void affine_block(const T* x, T* y, std::int64_t x_stride, std::int64_t y_stride, std::int64_t width,
                          const float* gain, const float* bias, float strength) {
     const Vec one = set1(1.0f), s = set1(strength);
     std::int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) {
-        const Vec g = sub(load(gain + d), one), b = load(bias + d);
+    for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+        Vec a0, a1, c0, c1;
+        load2_as(T{}, gain + d, a0, a1);
+        load2_as(T{}, bias + d, c0, c1);
+        a0 = fma(s, sub(a0, one), one);
+        a1 = fma(s, sub(a1, one), one);
+        c0 = mul(s, c0);
+        c1 = mul(s, c1);
         for (int t = 0; t < kTokens; ++t) {
-            const Vec v = load(x + t * x_stride + d);
-            put<T, kStream>(y + t * y_stride + d, fma(s, fma(g, v, b), v));
+            Vec v0, v1;
+            load2(x + t * x_stride + d, v0, v1);
+            put2<T, kStream>(y + t * y_stride + d, fma(a0, v0, c0), fma(a1, v1, c1));
         }
     }
     for (; d < width; ++d) {
+        const float a = scale_of(gain[d], strength), c = strength * bias[d];
         for (int t = 0; t < kTokens; ++t) {
-            const float v = to_float(x[t * x_stride + d]);
-            y[t * y_stride + d] = from_float<T>(fma1(strength, fma1(gain[d] - 1.0f, v, bias[d]), v));
+            y[t * y_stride + d] = from_float<T>(fma1(a, to_float(x[t * x_stride + d]), c));
         }
     }
 }
@@ -40,9 +49,7 @@ inline void affine_tokens_as(const T* x, T* y, std::int64_t tokens, std::int64_t
 template <class T>
 void affine_tokens(const T* x, T* y, std::int64_t tokens, std::int64_t x_stride, std::int64_t y_stride,
                    std::int64_t width, const float* gain, const float* bias, float strength, bool streaming) {
-    const std::size_t line = kLanes * sizeof(T);
-    const bool aligned = reinterpret_cast<std::uintptr_t>(y) % line == 0 && y_stride * sizeof(T) % line == 0;
-    if (streaming && aligned) {
+    if (streaming && aligned_for_streams(y, y_stride)) {
         affine_tokens_as<T, true>(x, y, tokens, x_stride, y_stride, width, gain, bias, strength);
     } else {
         affine_tokens_as<T, false>(x, y, tokens, x_stride, y_stride, width, gain, bias, strength);
@@ -52,24 +59,21 @@ void affine_tokens(const T* x, T* y, std::int64_t tokens, std::int64_t x_stride,
 // One channel of one row, tokens next to each other.
 template <class T>
 void affine_plane(const T* x, T* y, std::int64_t tokens, float gain, float bias, float strength, bool streaming) {
-    const Vec g = set1(gain - 1.0f), b = set1(bias), s = set1(strength);
-    const std::size_t line = kLanes * sizeof(T);
+    const float scale = scale_of(gain, strength), shift = strength * bias;
+    const Vec a = set1(scale), c = set1(shift);
     std::int64_t t = 0;
-    const auto one = [&](std::int64_t i) {
-        const float v = to_float(x[i]);
-        y[i] = from_float<T>(fma1(strength, fma1(gain - 1.0f, v, bias), v));
-    };
+    Vec v0, v1;
     if (streaming) {
-        for (; t < tokens && reinterpret_cast<std::uintptr_t>(y + t) % line != 0; ++t) one(t);
-        for (; t + kLanes <= tokens; t += kLanes) {
-            const Vec v = load(x + t);
-            stream(y + t, fma(s, fma(g, v, b), v));
+        for (; t < tokens && !aligned_for_streams(y + t, 0); ++t) y[t] = from_float<T>(fma1(scale, to_float(x[t]), shift));
+        for (; t + 2 * kLanes <= tokens; t += 2 * kLanes) {
+            load2(x + t, v0, v1);
+            put2<T, true>(y + t, fma(a, v0, c), fma(a, v1, c));
         }
         finish_streams();
     }
-    for (; t + kLanes <= tokens; t += kLanes) {
-        const Vec v = load(x + t);
-        store(y + t, fma(s, fma(g, v, b), v));
+    for (; t + 2 * kLanes <= tokens; t += 2 * kLanes) {
+        load2(x + t, v0, v1);
+        put2<T, false>(y + t, fma(a, v0, c), fma(a, v1, c));
     }
-    for (; t < tokens; ++t) one(t);
+    for (; t < tokens; ++t) y[t] = from_float<T>(fma1(scale, to_float(x[t]), shift));
 }

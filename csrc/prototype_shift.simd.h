@@ -3,7 +3,7 @@
 // Scores are dot products along the channels, kTile tokens by four prototypes at a time in registers; only the index of
 // the best prototype leaves them. The block of tokens is still in the cache when its shift is added.
 
-#if PYSTEER_ISA_LEVEL == 3
+#if PYSTEER_ISA_LEVEL >= 3
 constexpr int kTile = 6;
 #elif PYSTEER_ISA_LEVEL == 2
 constexpr int kTile = 3;
@@ -84,9 +84,11 @@ template <class T, bool kStream>
 inline void add_shift(const T* x, T* y, std::int64_t width, const float* delta, float strength, bool pull) {
     const Vec s = set1(strength);
     std::int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) {
-        const Vec v = load(x + d), u = load(delta + d);
-        put<T, kStream>(y + d, fma(s, pull ? sub(u, v) : u, v));
+    for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+        Vec u0, u1, v0, v1;
+        load2_as(T{}, delta + d, u0, u1);
+        load2(x + d, v0, v1);
+        put2<T, kStream>(y + d, fma(s, pull ? sub(u0, v0) : u0, v0), fma(s, pull ? sub(u1, v1) : u1, v1));
     }
     for (; d < width; ++d) {
         const float v = to_float(x[d]);
@@ -121,17 +123,16 @@ void prototype_tokens(const T* x, T* y, std::int64_t tokens, std::int64_t x_stri
     std::int64_t stride = 0;
     const float* floats = as_floats(x, x_stride, tokens, set.width, scratch, &stride);
     find_nearest(floats, stride, tokens, set.width, set.prototypes, set.weight, set.offset, nearest);
-    const std::size_t line = kLanes * sizeof(T);
-    const bool aligned = reinterpret_cast<std::uintptr_t>(y) % line == 0 && y_stride * sizeof(T) % line == 0;
+    const bool past_caches = streaming && aligned_for_streams(y, y_stride);
     for (std::int64_t t = 0; t < tokens; ++t) {
         const float* delta = set.delta + nearest[t] * set.width;
-        if (streaming && aligned) {
+        if (past_caches) {
             add_shift<T, true>(x + t * x_stride, y + t * y_stride, set.width, delta, set.strength, set.pull);
         } else {
             add_shift<T, false>(x + t * x_stride, y + t * y_stride, set.width, delta, set.strength, set.pull);
         }
     }
-    if (streaming) finish_streams();
+    if (past_caches) finish_streams();
 }
 
 // A block of tokens of one row, tokens next to each other: turned over into scratch, changed there and turned back.

@@ -5,7 +5,7 @@
 //     const auto run = PYSTEER_PICK(affine_shift);   // isa_avx512::affine_shift, isa_avx2::... or isa_base::...
 //
 // The kernel file has no include guard, includes nothing, and sees pysteer::BFloat16 and the vectors of simd.h. The
-// environment variable PYSTEER_ISA (base, avx2, avx512) lowers the choice; it is read once.
+// environment variable PYSTEER_ISA (base, avx2, avx512, avx512_bf16) lowers the choice; it is read once.
 
 #include <algorithm>
 #include <cstdint>
@@ -27,11 +27,19 @@
     _Pragma(                                                                                                      \
         "clang attribute push(__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\"))), " \
         "apply_to = function)")
+#define PYSTEER_TARGET_AVX512_BF16                                                                              \
+    _Pragma(                                                                                                    \
+        "clang attribute push("                                                                                 \
+        "__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\"))), apply_to = " \
+        "function)")
 #define PYSTEER_TARGET_END _Pragma("clang attribute pop")
 #else
 #define PYSTEER_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
 #define PYSTEER_TARGET_AVX512 \
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\")")
+#define PYSTEER_TARGET_AVX512_BF16    \
+    _Pragma("GCC push_options") _Pragma( \
+        "GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
 #define PYSTEER_TARGET_END _Pragma("GCC pop_options")
 #endif
 
@@ -62,16 +70,25 @@ namespace isa_avx512 {
 }  // namespace isa_avx512
 #undef PYSTEER_ISA_LEVEL
 PYSTEER_TARGET_END
+
+PYSTEER_TARGET_AVX512_BF16
+#define PYSTEER_ISA_LEVEL 4
+namespace isa_avx512_bf16 {
+#include "simd.h"
+#include PYSTEER_KERNEL
+}  // namespace isa_avx512_bf16
+#undef PYSTEER_ISA_LEVEL
+PYSTEER_TARGET_END
 #endif
 
 namespace {
 
 int isa_level() {
     static const int level = [] {
-        const int best = cpu_features().avx512f ? 3 : cpu_features().avx2 ? 2 : 0;
+        const int best = cpu_features().avx512_bf16 ? 4 : cpu_features().avx512f ? 3 : cpu_features().avx2 ? 2 : 0;
         const char* asked = std::getenv("PYSTEER_ISA");
         const std::string name = asked ? asked : "";
-        return std::min(best, name == "base" ? 0 : name == "avx2" ? 2 : 3);
+        return std::min(best, name == "base" ? 0 : name == "avx2" ? 2 : name == "avx512" ? 3 : 4);
     }();
     return level;
 }
@@ -81,7 +98,8 @@ int isa_level() {
 
 #ifdef PYSTEER_X86
 #define PYSTEER_PICK(name)                                    \
-    (::pysteer::isa_level() == 3   ? ::pysteer::isa_avx512::name \
+    (::pysteer::isa_level() == 4   ? ::pysteer::isa_avx512_bf16::name \
+     : ::pysteer::isa_level() == 3 ? ::pysteer::isa_avx512::name \
      : ::pysteer::isa_level() == 2 ? ::pysteer::isa_avx2::name   \
                                    : ::pysteer::isa_base::name)
 #else

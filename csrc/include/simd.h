@@ -1,14 +1,16 @@
 // Vectors of floats for one instruction set. each_isa.h includes this file once per set, inside a namespace of that
-// set, with PYSTEER_ISA_LEVEL 0 (plain C++), 2 (AVX2, FMA, F16C) or 3 (AVX-512 F, BW, VL, DQ). No include guard.
+// set, with PYSTEER_ISA_LEVEL 0 (plain C++), 2 (AVX2, FMA, F16C), 3 (AVX-512 F, BW, VL, DQ) or 4 (and BF16). No include
+// guard.
 //
-//   kLanes                     floats in a Vec
-//   load(p), store(p, v)       of float, BFloat16, Float16; store rounds once, to nearest even
-//   load_first(p, n)           the first n floats, zeros behind them
-//   stream(p, v)               store past the caches; p aligned to the bytes written
-//   put<T, kStream>(p, v)      one of the two
-//   sum4(a, b, c, d, out)      the sums of the lanes of four vectors
+//   kLanes                          floats in a Vec
+//   load(p), store(p, v)            of float, BFloat16, Float16; store rounds once, to nearest even
+//   load_first(p, n)                the first n floats, zeros behind them
+//   load2(p, a, b)                  2 kLanes elements in the order that is cheapest for their type
+//   load2_as(T{}, p, a, b)          2 kLanes floats in the order that load2 has for T
+//   put2<T, kStream>(p, a, b)       2 kLanes elements in that order; kStream: past the caches, p aligned to the bytes
+//   sum4(a, b, c, d, out)           the sums of the lanes of four vectors
 
-#if PYSTEER_ISA_LEVEL == 3
+#if PYSTEER_ISA_LEVEL >= 3
 
 using Vec = __m512;
 constexpr int kLanes = 16;
@@ -16,6 +18,7 @@ constexpr int kLanes = 16;
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float a) { return _mm512_set1_ps(a); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -28,27 +31,70 @@ inline Vec load(const Float16* p) {
 }
 inline Vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p); }
 
-// The instruction for this (AVX512_BF16) flushes subnormal numbers to zero, so the rounding is done in integers.
-inline __m256i narrow(Vec v, BFloat16) {
+#if PYSTEER_ISA_LEVEL == 4
+// The instruction flushes subnormal results (below 1.2e-38) to zero.
+inline __m256i narrow(Vec v, BFloat16) { return __m256i(_mm512_cvtneps_pbh(v)); }
+#else
+// Bits rounded to the upper halves; NaN stays NaN.
+inline __m512i rounded(Vec v) {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i high = _mm512_srli_epi32(bits, 16);
-    const __m512i even = _mm512_and_si512(high, _mm512_set1_epi32(1));
-    __m512i round = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7fff)), 16);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    round = _mm512_mask_or_epi32(round, nan, high, _mm512_set1_epi32(0x40));
-    return _mm512_cvtepi32_epi16(round);
+    return _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
 }
+inline __m256i narrow(Vec v, BFloat16) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(v), 16)); }
+#endif
 inline __m256i narrow(Vec v, Float16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 template <class T>
 inline void store(T* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, T{}));
 }
-template <class T>
-inline void stream(T* p, Vec v) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, T{}));
+
+// The order of BFloat16 pairs is even elements, odd elements: widening is then a shift and a mask.
+inline void load2(const BFloat16* p, Vec& a, Vec& b) {
+    const __m512i both = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+}
+inline void load2_as(BFloat16, const float* p, Vec& a, Vec& b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const Vec low = load(p), high = load(p + kLanes);
+    a = _mm512_permutex2var_ps(low, even, high);
+    b = _mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high);
+}
+inline __m512i join2(BFloat16, Vec a, Vec b) {
+#if PYSTEER_ISA_LEVEL == 4
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, __m512i(_mm512_cvtne2ps_pbh(b, a)));
+#else
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded(a), 16), rounded(b));
+#endif
+}
+inline __m512i join2(Float16, Vec a, Vec b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, Float16{})), narrow(b, Float16{}), 1);
+}
+template <class T, bool kStream>
+inline void put2(T* p, Vec a, Vec b) {
+    const __m512i both = join2(T{}, a, b);
+    if (kStream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+    } else {
+        _mm512_storeu_si512(p, both);
+    }
+}
+template <>
+inline void put2<float, false>(float* p, Vec a, Vec b) {
+    _mm512_storeu_ps(p, a);
+    _mm512_storeu_ps(p + kLanes, b);
+}
+template <>
+inline void put2<float, true>(float* p, Vec a, Vec b) {
+    _mm512_stream_ps(p, a);
+    _mm512_stream_ps(p + kLanes, b);
 }
 
 inline __m256 fold(Vec v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
@@ -61,6 +107,7 @@ constexpr int kLanes = 8;
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float a) { return _mm256_set1_ps(a); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -74,26 +121,60 @@ inline Vec load_first(const float* p, int n) {
     return _mm256_maskload_ps(p, mask);
 }
 
-inline __m128i narrow(Vec v, BFloat16) {
+inline __m256i rounded(Vec v) {
     const __m256i bits = _mm256_castps_si256(v);
-    const __m256i high = _mm256_srli_epi32(bits, 16);
-    const __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    __m256i round = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, even), _mm256_set1_epi32(0x7fff)), 16);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    round = _mm256_blendv_epi8(round, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(round), _mm256_extracti128_si256(round, 1));
+    return _mm256_blendv_epi8(up, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+}
+inline __m128i narrow(Vec v, BFloat16) {
+    const __m256i high = _mm256_srli_epi32(rounded(v), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 inline __m128i narrow(Vec v, Float16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 template <class T>
 inline void store(T* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, T{}));
 }
-template <class T>
-inline void stream(T* p, Vec v) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(v, T{}));
+
+inline void load2(const BFloat16* p, Vec& a, Vec& b) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000))));
+}
+inline void load2_as(BFloat16, const float* p, Vec& a, Vec& b) {
+    const Vec low = _mm256_permute2f128_ps(load(p), load(p + kLanes), 0x20);
+    const Vec high = _mm256_permute2f128_ps(load(p), load(p + kLanes), 0x31);
+    a = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)), 0xd8));
+    b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xdd)), 0xd8));
+}
+inline __m256i join2(BFloat16, Vec a, Vec b) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(rounded(a), 16), rounded(b), 0xaa);
+}
+inline __m256i join2(Float16, Vec a, Vec b) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(narrow(a, Float16{})), narrow(b, Float16{}), 1);
+}
+template <class T, bool kStream>
+inline void put2(T* p, Vec a, Vec b) {
+    const __m256i both = join2(T{}, a, b);
+    if (kStream) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
+    } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+    }
+}
+template <>
+inline void put2<float, false>(float* p, Vec a, Vec b) {
+    _mm256_storeu_ps(p, a);
+    _mm256_storeu_ps(p + kLanes, b);
+}
+template <>
+inline void put2<float, true>(float* p, Vec a, Vec b) {
+    _mm256_stream_ps(p, a);
+    _mm256_stream_ps(p + kLanes, b);
 }
 
 inline __m256 fold(Vec v) { return v; }
@@ -106,6 +187,7 @@ constexpr int kLanes = 1;
 inline Vec zero() { return 0.0f; }
 inline Vec set1(float a) { return a; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 template <class T>
 inline Vec load(const T* p) {
@@ -116,9 +198,10 @@ template <class T>
 inline void store(T* p, Vec v) {
     *p = from_float<T>(v);
 }
-template <class T>
-inline void stream(T* p, Vec v) {
-    store(p, v);
+template <class T, bool kStream>
+inline void put2(T* p, Vec a, Vec b) {
+    store(p, a);
+    store(p + 1, b);
 }
 inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = a;
@@ -141,13 +224,21 @@ inline void finish_streams() { _mm_sfence(); }
 inline void finish_streams() {}
 #endif
 
-template <class T, bool kStream>
-inline void put(T* p, Vec v) {
-    if (kStream) {
-        stream(p, v);
-    } else {
-        store(p, v);
-    }
+// Natural order, unless a set of instructions has a better one above.
+template <class T>
+inline void load2(const T* p, Vec& a, Vec& b) {
+    a = load(p);
+    b = load(p + kLanes);
+}
+template <class T>
+inline void load2_as(T, const float* p, Vec& a, Vec& b) {
+    load2(p, a, b);
+}
+
+template <class T>
+inline bool aligned_for_streams(const T* p, std::int64_t stride) {
+    constexpr std::int64_t bytes = kLanes * sizeof(T) * (sizeof(T) == 2 ? 2 : 1);
+    return reinterpret_cast<std::uintptr_t>(p) % bytes == 0 && stride * std::int64_t(sizeof(T)) % bytes == 0;
 }
 
 // One element, with the rounding of the vector form.
