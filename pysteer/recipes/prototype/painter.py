@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Painter:
         advance: Callable[[float], None],
         *,
         plan: Plan | None = None,
-        strength: float | dict[str, float | Tensor] = 1.0,
+        strength: Mapping[str, float] | float = 1.0,
         gate: Tensor | None = None,
     ) -> Tensor:
         """Images uint8 [N, H, W, 3] of `prompts` with noise `seeds`, steered by `plan` when there is one.
