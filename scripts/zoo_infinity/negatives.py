@@ -117,26 +117,32 @@ def polygons(count: int, seed: int) -> Labelled:
     return _paint(alpha, scenes), labels
 
 
-def _half_plane(scenes: list[Scene], generator: torch.Generator) -> Tensor:
+def _half_plane(scenes: list[Scene], angle: Tensor) -> Tensor:
+    """Coverage of the half plane through each object's centre whose outward normal points at ``angle`` [N, 1, 1]."""
     batch = SceneBatch.of(scenes)
     x, y = _pixels()
-    angle = 2 * math.pi * torch.rand(len(scenes), 1, 1, generator=generator)
     across = (x - batch.centre[:, 0, None, None]) * angle.cos() + (y - batch.centre[:, 1, None, None]) * angle.sin()
     return (0.5 - across).clamp(0, 1).unsqueeze(1)
 
 
+def _angles(count: int, seed: int) -> Tensor:
+    return 2 * math.pi * torch.rand(count, 1, 1, generator=torch.Generator().manual_seed(seed))
+
+
 def halves(count: int, seed: int) -> Labelled:
     """Objects of which one half is missing."""
-    scenes, generator = sample_scenes(count, seed), torch.Generator().manual_seed(seed)
-    alpha = coverage(SceneBatch.of(scenes)) * _half_plane(scenes, generator)
-    labels = {**labels_of(scenes), "shape": _constant(count, "shape"), "size": _ignored(count)}
-    return _paint(alpha, scenes), labels
+    scenes, angle = sample_scenes(count, seed), _angles(count, seed)
+    alpha = coverage(SceneBatch.of(scenes)) * _half_plane(scenes, angle)
+    # A triangle without its lower half is a triangle.
+    still = torch.tensor([scene.shape == "triangle" for scene in scenes]) & (angle.sin().flatten() > 0.5)
+    shape = torch.where(still, _ignored(count), _constant(count, "shape"))
+    return _paint(alpha, scenes), {**labels_of(scenes), "shape": shape, "size": _ignored(count)}
 
 
 def two_colours(count: int, seed: int) -> Labelled:
     """Good outlines filled with two colours, half and half: the colour is none of the classes."""
-    scenes, generator, rng = sample_scenes(count, seed), torch.Generator().manual_seed(seed), random.Random(seed)
-    side = _half_plane(scenes, generator)
+    scenes, rng = sample_scenes(count, seed), random.Random(seed)
+    side = _half_plane(scenes, _angles(count, seed))
     other = []
     for scene in scenes:
         fits = [c for c in COLOURS if compatible(c, scene.background) and compatible(c, scene.colour)]
