@@ -28,15 +28,21 @@ class Method(ABC):
 
     Attributes:
         name: the name in the registry and in saved folders.
-        op: name of the op in `pysteer.ops` that applies the parameters.
-        shapes: tensors of the op's bank with their dimensions, "D" for the width and "K" for any size.
         pooled: True when each row enters the fit as the mean over its tokens.
     """
 
     name: ClassVar[str]
-    op: ClassVar[str]
-    shapes: ClassVar[dict[str, tuple[str, ...]]]
     pooled: bool
+
+    @property
+    @abstractmethod
+    def op(self) -> str:
+        """Name of the op in `pysteer.ops` that applies the parameters."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        """Tensors of the op's bank with their dimensions: "D" is the width, "1" is one, other letters any size."""
 
     @abstractmethod
     def fit_site(

@@ -21,10 +21,16 @@ class MeanDifference(Method):
     """
 
     name: ClassVar[str] = "mean_difference"
-    op: ClassVar[str] = "affine_shift"
-    shapes: ClassVar[dict[str, tuple[str, ...]]] = {"gain": ("D",), "bias": ("D",)}
 
     pooled: bool = False
+
+    @property
+    def op(self) -> str:
+        return "affine_shift"
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        return {"gain": ("D",), "bias": ("D",)}
 
     def fit_site(
         self,

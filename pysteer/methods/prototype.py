@@ -39,7 +39,8 @@ class Prototype(Method):
       optimal assignment (least squared distance) gives it.
     - `diff`: `u = b - a` everywhere.
     - `toward`: `u = m_k* - x`, the nearest target prototype.
-    - `grad`: `u = b - x`, minus half the gradient of the squared distance to the target mean.
+    - `grad`: `u = P (b - x)`, minus half the gradient of the squared distance to the target mean; with the Euclidean
+      distance `P = I`. The length of `P (b - x)` has no natural scale, so `normalize` is advised with Mahalanobis.
 
     Weight `one`: `w = 1`. `gate`: `w = 1` where the nearest of all prototypes is not one of the target class, else 0.
     `soft`: `w` is the probability that `x` does not belong to the target class, and shifts are averaged, under
@@ -53,7 +54,7 @@ class Prototype(Method):
         clusters: prototypes per class (fewer when there are fewer tokens).
         distance: "euclid" or "mahalanobis".
         direction: "pair", "diff", "toward" or "grad".
-        weight: "one", "gate" or "soft"; `toward` and `grad` allow "one" only.
+        weight: "one", "gate" or "soft".
         temperature: of the soft weights, > 0 with "soft".
         normalize: "none", "unit" (`u / |u|`) or "input" (`u |x| / |u|`).
         pooled: fit on the mean of each row's tokens.
@@ -63,8 +64,6 @@ class Prototype(Method):
     """
 
     name: ClassVar[str] = "prototype"
-    op: ClassVar[str] = "prototype_shift"
-    shapes: ClassVar[dict[str, tuple[str, ...]]] = {"weight": ("K", "D"), "offset": ("K",), "delta": ("K", "D")}
 
     clusters: int = 64
     distance: str = "euclid"
@@ -84,14 +83,22 @@ class Prototype(Method):
         check_choice("negatives of method prototype", self.negatives, NEGATIVES)
         if type(self.clusters) is not int or not 1 <= self.clusters <= 1024:
             raise InputError("clusters of method prototype", value=self.clusters, allowed="a whole number, 1 to 1024")
-        if self.direction in ("toward", "grad") and self.weight != "one":
-            raise InputError(
-                f"weight with direction {self.direction}", value=self.weight, allowed="one", fix="weight=one"
-            )
-        if self.direction == "grad" and self.distance != "euclid":
-            raise InputError("distance with direction grad", value=self.distance, allowed="euclid")
         if self.weight == "soft" and not self.temperature > 0:
             raise InputError("temperature of soft weights", value=self.temperature, allowed="a number above 0")
+
+    @property
+    def op(self) -> str:
+        """`prototype_shift`, which has fast kernels, wherever it can express the shift; else `gradient_shift`."""
+        pulls = self.direction in ("toward", "grad")
+        precise = self.direction == "grad" and self.distance == "mahalanobis"
+        return "gradient_shift" if pulls and (self.weight != "one" or precise) else "prototype_shift"
+
+    @property
+    def shapes(self) -> dict[str, tuple[str, ...]]:
+        if self.op == "prototype_shift":
+            return {"weight": ("K", "D"), "offset": ("K",), "delta": ("K", "D")}
+        scores: dict[str, tuple[str, ...]] = {"weight": ("K", "D"), "offset": ("K",), "target": ("K",)}
+        return {**scores, "centre": ("K", "D"), "factor": ("r", "D"), "scale": ("1",)}
 
     def fit_site(
         self,
@@ -118,7 +125,8 @@ class Prototype(Method):
             centres, labels = kmeans(target, self.clusters, seed, self.iterations)
             classes = _join(classes, _Classes(centres, torch.zeros_like(centres), target - centres[labels]))
         weight, offset = self._scores(classes.centres, self._precision(classes.residuals))
-        return self._pad(weight, offset, classes.shifts, self.clusters * classes.groups)
+        tensors = {"weight": weight, "offset": offset, "delta": classes.shifts}
+        return SiteFit(_pad(tensors, self.clusters * classes.groups), self._options())
 
     def _source_classes(
         self, source: Tensor, target: Tensor, others: Tensor | None, paired: bool, seed: int
@@ -155,9 +163,30 @@ class Prototype(Method):
         return shifts
 
     def _fit_pull(self, source: Tensor, target: Tensor, seed: int) -> SiteFit:
-        centres, labels = kmeans(target, self.clusters if self.direction == "toward" else 1, seed, self.iterations)
-        weight, offset = self._scores(centres, self._precision(target - centres[labels]))
-        return self._pad(weight, offset, centres, self.clusters)
+        """Parameters of the directions `toward` and `grad`, which aim at points."""
+        own, own_labels = kmeans(source, self.clusters, seed, self.iterations)
+        centres, labels = kmeans(target, self.clusters, seed, self.iterations)
+        precision = self._precision(torch.cat((source - own[own_labels], target - centres[labels])))
+        aims = centres if self.direction == "toward" else target.mean(0).expand_as(centres)
+        if self.op == "prototype_shift":
+            weight, offset = self._scores(centres, precision)
+            return SiteFit(_pad({"weight": weight, "offset": offset, "delta": aims}, self.clusters), self._options())
+        weight, offset = self._scores(torch.cat((own, centres)), precision)
+        tensors = {"weight": weight, "offset": offset, "centre": torch.cat((own, aims))}
+        tensors["target"] = torch.arange(len(weight), device=weight.device).ge(len(own)).float()
+        padded = _pad(tensors, 2 * self.clusters)
+        if precision is None or self.direction == "toward":
+            padded |= {"factor": source.new_zeros(0, source.shape[1]), "scale": source.new_ones(1)}
+        else:
+            padded |= {"factor": precision.low_rank().float(), "scale": source.new_full((1,), precision.scale)}
+        return SiteFit(padded, self._options())
+
+    def _options(self) -> dict[str, Any]:
+        temperature = float(self.temperature) if self.weight == "soft" else 0.0
+        common = {"temperature": temperature, "normalize": self.normalize}
+        if self.op == "gradient_shift":
+            return {"gate": self.weight != "one", **common}
+        return {"pull": self.direction in ("toward", "grad"), **common}
 
     def _precision(self, residuals: Tensor) -> BayesPrecision | None:
         return BayesPrecision.fit(residuals) if self.distance == "mahalanobis" else None
@@ -170,20 +199,15 @@ class Prototype(Method):
         offset = -(weight @ middle) - (weight * relative).sum(1) / 2
         return weight.float(), offset.float()
 
-    def _pad(self, weight: Tensor, offset: Tensor, delta: Tensor, size: int) -> SiteFit:
-        """Fill up to `size` prototypes, which depends on the configuration alone, so that sites and steps stack."""
-        missing = size - len(weight)
-        tensors = {
-            "weight": torch.nn.functional.pad(weight, (0, 0, 0, missing)),
-            "offset": torch.nn.functional.pad(offset, (0, missing), value=float("-inf")),
-            "delta": torch.nn.functional.pad(delta, (0, 0, 0, missing)),
-        }
-        options: dict[str, Any] = {
-            "pull": self.direction in ("toward", "grad"),
-            "temperature": float(self.temperature) if self.weight == "soft" else 0.0,
-            "normalize": self.normalize,
-        }
-        return SiteFit({name: tensor.contiguous() for name, tensor in tensors.items()}, options)
+
+def _pad(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Fill up to `size` prototypes, which depends on the configuration alone, so that sites and steps stack."""
+    filled = {}
+    for name, tensor in tensors.items():
+        room = tensor.new_full((size, *tensor.shape[1:]), float("-inf") if name == "offset" else 0.0)
+        room[: len(tensor)] = tensor
+        filled[name] = room
+    return filled
 
 
 def _join(first: _Classes, second: _Classes) -> _Classes:

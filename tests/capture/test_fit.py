@@ -164,6 +164,33 @@ def test_same_seeds_same_parameters(pipe):
         assert not same(first, other)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        MeanDifference(pooled=True),
+        Prototype(clusters=3, distance="mahalanobis"),
+        Prototype(clusters=3, direction="diff", weight="soft"),
+        Prototype(clusters=3, direction="toward", normalize="unit"),
+        Prototype(clusters=3, direction="toward", weight="gate"),
+        Prototype(clusters=3, direction="grad", distance="mahalanobis", normalize="input", weight="soft"),
+    ],
+    ids=lambda method: "-".join(str(value) for value in method.config().values() if isinstance(value, str)) or "mean",
+)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_every_method_is_fitted_saved_and_steers(pipe, tmp_path, method, sequential):
+    fitted = fit(pipe, method, SOURCE, TARGET, sites=["text.output", "pooled", "ca_block"], sequential=sequential)
+    loaded = Fitted.from_pretrained(fitted.save_pretrained(tmp_path))
+    assert same(fitted, loaded)
+    before = pipe(SOURCE, seeds=3)
+    with pysteer.steer(pipe, loaded.plan()) as handle:
+        during = pipe(SOURCE, seeds=3)
+        handle.strength = 0.0
+        off = pipe(SOURCE, seeds=3)
+        assert all(entry.calls for entry in handle.report())
+    assert not torch.equal(before.features, during.features)
+    assert torch.equal(before.features, off.features)
+
+
 def test_progress_counts_every_fit(pipe):
     seen = []
     fit(pipe, METHOD, SOURCE, TARGET, sites="ca", steps=[0, 2], progress=lambda done, total: seen.append((done, total)))
