@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=60000, help="renders to train on")
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="share each batch between processes; two of one thread beat one of two",
+    )
 
 
 class CaptionedInfinity(nn.Module):
@@ -77,16 +85,44 @@ def small_text_encoder(width: int) -> nn.Module:
     return T5EncoderModel(config)
 
 
-def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices inside blocks and encoder, AdamW for everything else."""
-    matrices, rest = [], []
-    for name, value in model.named_parameters():
-        inner = value.ndim == 2 and any(part in name for part in ("block_chunks", "encoder.block", "text_proj_for_ca"))
-        (matrices if inner and "relative_attention_bias" not in name else rest).append(value)
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+class Optimizers:
+    """Muon (Jordan et al. 2024) for the matrices inside blocks and encoder, AdamW for everything else.
+
+    Gradients are averaged over processes; the orthogonalisation of the matrices is shared out between them.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, rank: int, world: int) -> None:
+        self.parameters, self.world = list(model.parameters()), world
+        matrices, rest = [], []
+        for name, value in model.named_parameters():
+            inner = value.ndim == 2 and any(p in name for p in ("block_chunks", "encoder.block", "text_proj_for_ca"))
+            (matrices if inner and "relative_attention_bias" not in name else rest).append(value)
+        matrices.sort(key=lambda value: -value.numel())
+        self.shares = [matrices[owner::world] for owner in range(world)]
+        self.muon = torch.optim.Muon(self.shares[rank], lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self, lr: float) -> float:
+        """Average the gradients, clip their norm to 1, update; returns the norm."""
+        if self.world > 1:
+            flat = torch.nn.utils.parameters_to_vector([p.grad for p in self.parameters]) / self.world
+            dist.all_reduce(flat)
+            offset = 0
+            for value in self.parameters:
+                value.grad.copy_(flat[offset : offset + value.numel()].view_as(value))
+                offset += value.numel()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in (self.muon, self.adamw):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        for owner, share in enumerate(self.shares if self.world > 1 else []):
+            flat = torch.nn.utils.parameters_to_vector(share).detach()
+            dist.broadcast(flat, owner)
+            torch.nn.utils.vector_to_parameters(flat, share)
+        for value in self.parameters:
+            value.grad = None
+        return norm.item()
 
 
 class Bits:
@@ -143,43 +179,53 @@ def steps(arguments: argparse.Namespace, start: int) -> Iterator[tuple[int, torc
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, with a checkpoint and an exported pipeline every ``--save-every`` steps."""
-    device = prepare(arguments)
+    if arguments.batch % arguments.processes:
+        raise SystemExit(f"--batch {arguments.batch} is not a multiple of --processes {arguments.processes}")
+    if arguments.processes == 1:
+        train(0, arguments)
+    else:
+        torch.multiprocessing.spawn(train, (arguments,), nprocs=arguments.processes)
+
+
+def train(rank: int, arguments: argparse.Namespace) -> None:
+    """The work of one process."""
+    device, world = prepare(arguments), arguments.processes
+    if world > 1:
+        meeting = arguments.work.resolve() / f"meeting-{os.getppid()}"
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     out = arguments.out / NAME
     tokenizer = ShapeTokenizer.from_pretrained(out / "tokenizer").to(device)
-    scales = tokenizer.quantizer.scales
     config = InfinityConfig(
-        depth=6, dim=192, heads=4, bits=tokenizer.config.dim, scales=tuple(scales), text_dim=128,
+        depth=6, dim=192, heads=4, bits=tokenizer.config.dim, scales=tuple(tokenizer.quantizer.scales), text_dim=128,
         text_maxlen=MAX_TOKENS, chunks=2,
     )  # fmt: skip
     model = CaptionedInfinity(config).to(device)
-    optims = optimizers(model, arguments.lr)
+    optimizer = Optimizers(model, arguments.lr, rank, world)
     average = Average(model, arguments.ema)
-    parts = {"model": model, "average": average, **{f"optimizer{i}": o for i, o in enumerate(optims)}}
-    checkpoint = Checkpoint(arguments.work / "transformer.pt", parts, arguments.fresh)
+    parts = {"model": model, "average": average, "muon": optimizer.muon, "adamw": optimizer.adamw}
+    checkpoint = Checkpoint(arguments.work / f"transformer.{rank}of{world}.pt", parts, arguments.fresh)
     start = checkpoint.load()
     data = Bits(tokenizer, arguments.images, arguments.seed + 1, device)
-    held_out = Bits(tokenizer, 1024, VALIDATION_SEED, device)
+    held_out = Bits(tokenizer, 1024, VALIDATION_SEED, device) if rank == 0 else None
     progress, began, history = Progress("transformer", arguments.steps, start), time.monotonic(), []
     for step, generator, lr in steps(arguments, start):
-        rows = batch_rows(len(data.ids), arguments.batch, arguments.seed, step)
+        generator.manual_seed(generator.initial_seed() + 15_485_863 * rank)
+        rows = batch_rows(len(data.ids), arguments.batch, arguments.seed, step).chunk(world)[rank]
         ids, inputs, bits = data.batch(rows, arguments.flip, generator)
         dropped = (torch.rand(len(ids), generator=generator) < arguments.drop).to(device)
         with autocast(device):
             logits = model(ids, inputs, dropped)
         loss = bit_loss(logits, bits).mean()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optims:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        norm = optimizer.step(lr)
         average.update(model)
-        progress.log(step, loss=loss.item(), norm=norm.item())
+        if rank == 0:
+            progress.log(step, loss=loss.item(), norm=norm)
         if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
             checkpoint.save(step + 1)
-            history.append(export(arguments, out, config, average, tokenizer, held_out, device, step + 1, began))
-    write_record(arguments, out, history, time.monotonic() - began)
+            if held_out is not None:
+                history.append(export(arguments, out, config, average, tokenizer, held_out, device, step + 1, began))
+                write_record(arguments, out, history, time.monotonic() - began)
 
 
 def export(
