@@ -181,28 +181,30 @@ class Run:
         torch.manual_seed(self.seed)
 
     @contextmanager
-    def stage(self, name: str, inputs: Any = None) -> Iterator[Stage]:
+    def stage(self, name: str, inputs: Any = None, *, quiet: bool = False) -> Iterator[Stage]:
         """Run a part once: leaving the block without an error marks it as finished.
 
         Args:
             name: its name, letters, digits, `-` and `_`.
             inputs: plain values it depends on beside the configuration (hashes of earlier results, a file size).
+            quiet: log to the file only; for many short stages under one progress bar.
         """
+        where = {"file_only": quiet}
         marker = self.path(f"stages/{name}.json")
         key = config_hash(self.hash, name, inputs)
         before = files.read_json(marker, "stage marker") if marker.is_file() else {}
         stage = Stage(name, before.get("key") == key, dict(before.get("notes", {})) if before.get("key") == key else {})
         if stage.done:
-            self.log.info("%s: finished before, skipped", name)
+            self.log.info("%s: finished before, skipped", name, extra=where)
             yield stage
             return
         marker.unlink(missing_ok=True)
-        self.log.info("%s: started", name)
+        self.log.info("%s: started", name, extra=where)
         start = time.monotonic()
         yield stage
         seconds = time.monotonic() - start
         files.write_json(marker, {"key": key, "seconds": round(seconds, 3), "notes": stage.notes})
-        self.log.info("%s: finished in %s", name, clock_text(seconds))
+        self.log.info("%s: finished in %s", name, clock_text(seconds), extra=where)
 
     def path(self, name: str | Path) -> Path:
         """The path of a file of this run; its folder is made.

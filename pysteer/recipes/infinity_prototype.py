@@ -16,6 +16,7 @@ import torch
 
 import pysteer
 from pysteer.errors import InputError
+from pysteer.files import write_bytes
 from pysteer.recipes.config import config_hash
 from pysteer.recipes.frame import Run, Summary, recipe
 from pysteer.recipes.prototype.baseline import BaselineFile
@@ -24,7 +25,7 @@ from pysteer.recipes.prototype.data import PairData, draw_pair, parse_pair, read
 from pysteer.recipes.prototype.experiment import PairExperiment, PairImages
 from pysteer.recipes.prototype.generator import Generator, load_generator
 from pysteer.recipes.prototype.judge import find_judge
-from pysteer.recipes.prototype.page import Checked, write_report
+from pysteer.recipes.prototype.page import Checked, sentence, write_report
 from pysteer.recipes.prototype.painter import Painter
 from pysteer.recipes.prototype.results import PairResults, measure
 from pysteer.recipes.prototype.settings import check
@@ -63,6 +64,8 @@ def run_with(config: PrototypeConfig, run: Run, generator: Generator) -> Summary
     results = [
         measure(images, judge, config) for images, judge in zip(run.progress(made, "judging"), judges, strict=True)
     ]
+    for result in results:
+        run.log.info("%s", sentence(result))
     run.write_parquet("metrics.parquet", [row for result in results for row in result.rows])
     checked = Checked(seconds, painter.painted, str(generator.identity.get("model", "")), _versions())
     run.log.info("drawing the report")
@@ -101,20 +104,17 @@ def _baseline(config: PrototypeConfig, painter: Painter, generator: Generator, p
 
 
 def _write_grids(run: Run, config: PrototypeConfig, made: list[PairImages]) -> None:
-    """The side-by-side grid under its own name, in the run folder and in `results/` of the experiment."""
-    from PIL import Image
-
+    """The side-by-side grids (PNG) under their own name: in `figures/`, and in `results/` of the experiment."""
     for images in made:
         for kind in images.doses:
-            with Image.open(run.path(f"images/{images.data.pair.slug}/sheet-grid-{kind}.png")) as sheet:
-                name = Path(config.grid_path)
-                several = len(made) > 1 or len(images.doses) > 1
-                stem = f"{name.stem}-{images.data.pair.slug}-{kind}" if several else name.stem
-                target = name.with_name(stem + (name.suffix or ".png")).name
-                run.write_image(f"figures/{target}", sheet)
-                if config.experiment_dir:
-                    path = experiment_file(config.experiment_dir, "results", str(name.parent / target))
-                    pysteer.files.write_image(path, sheet)
+            sheet = run.path(f"images/{images.data.pair.slug}/sheet-grid-{kind}.png").read_bytes()
+            name = Path(config.grid_path)
+            several = len(made) > 1 or len(images.doses) > 1
+            stem = f"{name.stem}-{images.data.pair.slug}-{kind}" if several else name.stem
+            target = name.with_name(f"{stem}.png").name
+            write_bytes(run.path(f"figures/{target}"), sheet)
+            if config.experiment_dir:
+                write_bytes(experiment_file(config.experiment_dir, "results", str(name.parent / target)), sheet)
 
 
 def _versions() -> str:

@@ -154,5 +154,5 @@ def labelled_rows(rows: Sequence[Row], prompts: Sequence[str] = (), *, tile: int
 def png(image: Image.Image) -> bytes:
     """`image` as PNG bytes."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -126,7 +126,7 @@ class PairExperiment:
         folder = self.run.path(f"fitted/{self.slug}/{job.name}")
         data, config = self.data, self.config
         count = 2 * len(data.fit) if job.part == "visual" else 0
-        with self.run.stage(f"{self.slug}-fit-{job.name}", self.inputs) as stage:
+        with self.run.stage(f"{self.slug}-fit-{job.name}", self.inputs, quiet=True) as stage:
             if stage.done:
                 advance(count)
                 return Fitted.from_pretrained(folder)
@@ -151,6 +151,7 @@ class PairExperiment:
                 settings=self.painter.settings,
             )
             fitted.save_pretrained(folder)
+            self.painter.painted += count
             advance(count)
         return fitted
 
@@ -171,7 +172,7 @@ class PairExperiment:
         path = self.run.path(f"images/{self.slug}/{folder}{setting.key}.png")
         used = gate if setting.plan is not None else None
         name = f"{self.slug}-images-{folder.replace('/', '-')}{setting.key.replace('.', '_')}"
-        with self.run.stage(name, [*self.inputs, config_hash(prompts)]) as stage:
+        with self.run.stage(name, [*self.inputs, config_hash(prompts)], quiet=True) as stage:
             if stage.done:
                 images = load_sheets(path, len(prompts), *stage.notes["side"])
                 advance(len(prompts))
@@ -192,7 +193,7 @@ class PairExperiment:
     def _zero(self, settings: Settings, kind: Kind, made: PairImages, gate: Tensor | None, advance: Advance) -> bool:
         """Whether strength 0 gives the baseline bit for bit, on the first batch (equal batches, equal arithmetic)."""
         count = min(self.config.batch_size, self.config.prompts)
-        with self.run.stage(f"{self.slug}-zero-{kind}", self.inputs) as stage:
+        with self.run.stage(f"{self.slug}-zero-{kind}", self.inputs, quiet=True) as stage:
             if stage.done:
                 advance(count)
                 return bool(stage.notes["identical"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from pysteer.files import write_bytes
 from pysteer.metrics import Rate
 from pysteer.recipes.config import config_values
 from pysteer.recipes.frame import Run
@@ -97,10 +98,10 @@ def figures(results: PairResults) -> dict[str, Callable[[str], bytes]]:
     }
 
 
-def sheets(made: PairImages, results: PairResults, config: PrototypeConfig) -> dict[str, Image.Image]:
-    """Sheet name -> image: side-by-side grids, all settings for the same prompts, and strips of rising strength."""
+def sheets(made: PairImages, results: PairResults, config: PrototypeConfig) -> dict[str, bytes]:
+    """Sheet name -> PNG: side-by-side grids, all settings for the same prompts, and strips of rising strength."""
     base = made.headline["baseline"]
-    found = {}
+    found: dict[str, Image.Image] = {}
     for kind in made.doses:
         count = min(config.sheet_images, len(base.prompts))
         steered = made.headline[kind]
@@ -121,7 +122,7 @@ def sheets(made: PairImages, results: PairResults, config: PrototypeConfig) -> d
         prompts = made.beside["baseline"].prompts.source[::step][:columns]
         rows = [Row(s.setting.label, s.images[::step][:columns]) for s in made.beside.values()]
         found["others"] = labelled_rows(rows, prompts, tile=88)
-    return found
+    return {name: png(sheet) for name, sheet in found.items()}
 
 
 def _row(images: ImageSet, measured: Measured, count: int) -> Row:
@@ -156,7 +157,7 @@ def _figure(draw: Callable[[str], bytes], alt: str, caption: str) -> Figure:
     return Figure(draw("light"), alt, caption, draw("dark"))
 
 
-def _sentence(results: PairResults) -> str:
+def sentence(results: PairResults) -> str:
     """The pair in one sentence, for alt texts and the lead."""
     parts = []
     for kind in results.doses:
@@ -172,7 +173,7 @@ def pair_section(
     run: Run,
     results: PairResults,
     made: PairImages,
-    made_sheets: Mapping[str, Image.Image],
+    made_sheets: Mapping[str, bytes],
     config: PrototypeConfig,
 ) -> Section:
     """The section of a pair; its figures and sheets are written to the run folder as well."""
@@ -184,21 +185,21 @@ def pair_section(
         "settings": "All settings on the same prompts and noise.",
     }
     for name, draw in figures(results).items():
-        block = _figure(draw, f"{name} of {_sentence(results)}", captions[name])
-        run_figure(run, f"figures/{slug}-{name}.png", block.light)
+        block = _figure(draw, f"{name} of {sentence(results)}", captions[name])
+        write_bytes(run.path(f"figures/{slug}-{name}.png"), block.light)
         blocks.append(block)
     for name, sheet in made_sheets.items():
-        run.write_image(f"images/{slug}/sheet-{name}.png", sheet)
+        write_bytes(run.path(f"images/{slug}/sheet-{name}.png"), sheet)
     for kind in made.doses:
         alt = f"Pairs of images, unsteered and {kind} steered, {pair.name}, with their prompts"
         count = min(config.sheet_images, len(made.data.test))
         caption = f"The first {count} evaluation prompts, not selected: unsteered left, {kind} steering right."
-        blocks.append(Figure(png(made_sheets[f"grid-{kind}"]), alt, caption))
+        blocks.append(Figure(made_sheets[f"grid-{kind}"], alt, caption))
     more: list[Paragraph | Facts | Table | Figure] = [
-        Figure(png(made_sheets["settings"]), f"Every setting for the same prompts, {pair.name}", "Every setting.")
+        Figure(made_sheets["settings"], f"Every setting for the same prompts, {pair.name}", "Every setting.")
     ]
     more += [
-        Figure(png(made_sheets[f"strengths-{kind}"]), f"{kind} steering with rising strength, {pair.name}", kind)
+        Figure(made_sheets[f"strengths-{kind}"], f"{kind} steering with rising strength, {pair.name}", kind)
         for kind in made.doses
     ]
     blocks.append(Details("More images: every setting, and rising strength", more))
@@ -208,13 +209,6 @@ def pair_section(
 def len_of(results: PairResults) -> int:
     """How many prompts the dose-response figure uses."""
     return next((sets[0].count for sets in results.doses.values()), 0)
-
-
-def run_figure(run: Run, name: str, data: bytes) -> None:
-    """Write PNG bytes into the run folder."""
-    from pysteer.files import write_bytes
-
-    write_bytes(run.path(name), data)
 
 
 def headline_facts(every: Sequence[PairResults]) -> Facts:
@@ -231,7 +225,7 @@ def headline_facts(every: Sequence[PairResults]) -> Facts:
 
 
 def others_section(
-    every: Sequence[PairResults], made_sheets: Sequence[Mapping[str, Image.Image]], config: PrototypeConfig
+    every: Sequence[PairResults], made_sheets: Sequence[Mapping[str, bytes]], config: PrototypeConfig
 ) -> Section | None:
     """Prompts of other classes, which the gate should leave alone."""
     rows = [
@@ -252,7 +246,7 @@ def others_section(
     gate = "with the row gate (linear discriminant on the pooled text)" if config.gate else "without a gate"
     table = Table(f"Share of prompts of other classes that show their own class, {gate}.", columns, rows)
     images: list[Paragraph | Facts | Table | Figure] = [
-        Figure(png(own["others"]), f"Prompts of other classes, unsteered and steered, {results.pair.name}")
+        Figure(own["others"], f"Prompts of other classes, unsteered and steered, {results.pair.name}")
         for results, own in zip(every, made_sheets, strict=True)
         if "others" in own
     ]
@@ -292,7 +286,7 @@ def method_section(config: PrototypeConfig, checked: Checked) -> Section:
 
 def lead(every: Sequence[PairResults]) -> str:
     """The answer of the page."""
-    return " ".join(_sentence(results) for results in every)
+    return " ".join(sentence(results) for results in every)
 
 
 def write_report(
