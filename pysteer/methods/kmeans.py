@@ -8,7 +8,9 @@ _SEED_SAMPLE = 2048  # seeding on a sample of this size (or 16 per cluster) cost
 _CANDIDATES = 4  # draws per k-means++ step, of which the best is kept
 
 
-def kmeans(x: Tensor, clusters: int, seed: int = 0, iterations: int = 25) -> tuple[Tensor, Tensor]:
+def kmeans(
+    x: Tensor, clusters: int, seed: int = 0, iterations: int = 25, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm with greedy k-means++ seeding (Arthur and Vassilvitskii 2007).
 
     Args:
@@ -16,13 +18,14 @@ def kmeans(x: Tensor, clusters: int, seed: int = 0, iterations: int = 25) -> tup
         clusters: the number of clusters wanted; fewer come back when there are fewer distinct tokens.
         seed: seed of the initial centres; same seed, same result.
         iterations: the most Lloyd iterations; it stops earlier when no token changes its cluster.
+        start: `[at most clusters, D]` centres to begin with; k-means++ adds the rest.
 
     Returns:
         centres `[K, D]` fp32 and labels `[n]` int64; no cluster is empty.
     """
     mean = x.float().mean(dim=0)
     x = x.float() - mean  # distances of centred data lose less to rounding
-    centres = _seed_centres(x, min(clusters, len(x)), seed)
+    centres = _seed_centres(x, min(clusters, len(x)), seed, None if start is None else start.float() - mean)
     labels = assign(x, centres)
     for _ in range(iterations):
         sums, counts = cluster_sums(x, labels, len(centres))
@@ -49,14 +52,17 @@ def cluster_sums(values: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor,
     return member.T @ values, member.sum(0)
 
 
-def _seed_centres(x: Tensor, clusters: int, seed: int) -> Tensor:
+def _seed_centres(x: Tensor, clusters: int, seed: int, start: Tensor | None) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = min(len(x), max(_SEED_SAMPLE, 16 * clusters))
     sample = x[torch.randperm(len(x), generator=generator)[:size].sort().values.to(x.device)]
     norms = sample.square().sum(1)
-    chosen = [int(torch.randint(size, (1,), generator=generator))]
-    nearest = (norms - 2 * sample @ sample[chosen[0]] + norms[chosen[0]]).clamp_min(0)
-    for _ in range(clusters - 1):
+    if start is None or not len(start):
+        start = sample[torch.randint(size, (1,), generator=generator).to(x.device)]
+    squared = norms[:, None] - 2 * sample @ start.T + start.square().sum(1)
+    nearest = squared.min(dim=1).values.clamp_min(0)
+    chosen = []
+    for _ in range(clusters - len(start)):
         cumulative = nearest.double().cumsum(0)
         draws = torch.rand(_CANDIDATES, generator=generator, dtype=torch.float64).to(x.device) * cumulative[-1]
         candidates = torch.searchsorted(cumulative, draws).clamp_max(size - 1)
@@ -65,7 +71,7 @@ def _seed_centres(x: Tensor, clusters: int, seed: int) -> Tensor:
         best = int(distances.sum(1).argmin())
         chosen.append(int(candidates[best]))
         nearest = distances[best]
-    return sample[torch.tensor(chosen, device=x.device)]
+    return torch.cat((start, sample[torch.tensor(chosen, dtype=torch.int64, device=x.device)]))
 
 
 def optimal_assignment(cost: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pysteer.errors import InputError
 from pysteer.methods.base import Method, SiteFit, check_choice, check_pair, register, tokens_of
-from pysteer.methods.kmeans import cluster_sums, kmeans, optimal_assignment
+from pysteer.methods.kmeans import assign, cluster_sums, kmeans, optimal_assignment
 from pysteer.methods.statistics import BayesPrecision
 
 DISTANCES = ("euclid", "mahalanobis")
@@ -16,6 +16,7 @@ DIRECTIONS = ("pair", "diff", "toward", "grad")
 WEIGHTS = ("one", "gate", "soft")
 NORMALIZE = ("none", "unit", "input")
 NEGATIVES = ("join", "own")
+_COMMON = 0.25  # part of its share of tokens that a cluster must keep in the other class to count as common
 
 
 class _Classes(NamedTuple):
@@ -36,7 +37,7 @@ class Prototype(Method):
 
     - direction `pair` (default): `u = d_k*`, the mean of (target token - source token) over the source tokens of the
       cluster when the data are paired; for unpaired data the difference to the cluster of the target class that an
-      optimal assignment (least squared distance) gives it.
+      optimal assignment (least squared distance) gives it, where clusters that the classes share start alike.
     - `diff`: `u = b - a` everywhere.
     - `toward`: `u = m_k* - x`, the nearest target prototype.
     - `grad`: `u = P (b - x)`, minus half the gradient of the squared distance to the target mean; with the Euclidean
@@ -155,9 +156,13 @@ class Prototype(Method):
             return share[:, None] * (target.double().mean(0) - source.double().mean(0)).float()
         if paired:
             return cluster_sums(target - source, labels, clusters)[0] / total.clamp_min(1)[:, None]
-        target_centres, _ = kmeans(target, self.clusters, seed, self.iterations)
         used = counts > 0
         means = sums[used] / counts[used, None]
+        # What both classes have in common should be cut up alike, or it would be moved between the pieces: the target's
+        # clusters start from those of the source that hold their share of target tokens.
+        share_of_target = torch.bincount(assign(target, means), minlength=len(means)) / len(target)
+        common = means[share_of_target >= _COMMON * counts[used] / len(source)]
+        target_centres, _ = kmeans(target, self.clusters, seed, self.iterations, start=common)
         shifts = torch.zeros_like(sums)
         shifts[used] = share[used, None] * (target_centres[_match(means, target_centres)] - means)
         return shifts

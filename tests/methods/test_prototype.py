@@ -87,6 +87,25 @@ def test_unpaired_fit_matches_moved_clusters_and_leaves_the_common_ones():
     assert torch.allclose(shift(source, fit), moved[labels].double(), atol=1e-3)
 
 
+def test_unpaired_fit_leaves_what_the_classes_share():
+    generator = torch.Generator().manual_seed(4)
+    backgrounds, classes = torch.randn(8, 32, generator=generator) * 1.5, torch.randn(2, 32, generator=generator) * 1.5
+
+    def scene(kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        is_object = torch.rand(3000, generator=generator) < 0.15
+        ground = backgrounds[torch.randint(8, (3000,), generator=generator)]
+        tokens = torch.where(is_object[:, None], classes[kind], ground)
+        return tokens + 0.5 * torch.randn(3000, 32, generator=generator), is_object
+
+    source, target, (fresh, is_object) = scene(0)[0], scene(1)[0], scene(0)
+    moved = shift(fresh, Prototype(clusters=32).fit_site(source, target, paired=False))
+    wanted = (classes[1] - classes[0]).double()
+    along = moved @ wanted / wanted.norm().square()
+    assert along[is_object].mean() > 0.9
+    assert along[~is_object].abs().mean() < 0.02
+    assert moved[~is_object].norm(dim=1).mean() < 0.15 * wanted.norm()
+
+
 def test_unpaired_with_fewer_targets_than_clusters():
     source, _, _ = planted()
     fit = Prototype(clusters=6).fit_site(source, source[:2] + 1, paired=False)
