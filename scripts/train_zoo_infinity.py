@@ -2,6 +2,7 @@
 """Train the bundled generator ``infinity-shapes`` and its classifier, stage by stage.
 
     python scripts/train_zoo_infinity.py --stage tokenizer
+    python scripts/train_zoo_infinity.py --stage decoder
     python scripts/train_zoo_infinity.py --stage classifier
     python scripts/train_zoo_infinity.py --stage transformer
     python scripts/train_zoo_infinity.py --stage evaluate
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 # Each module has add_arguments(parser) and run(arguments). One file per stage: a new stage is a new row here.
 STAGES = {
     "tokenizer": "zoo_infinity.tokenizer_stage",
+    "decoder": "zoo_infinity.decoder_stage",
     "classifier": "zoo_infinity.classifier_stage",
     "transformer": "zoo_infinity.transformer_stage",
     "evaluate": "zoo_infinity.evaluate_stage",

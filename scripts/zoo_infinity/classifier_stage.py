@@ -32,10 +32,10 @@ FLAWS = (0.0, 0.0, 0.0, 0.02, 0.05)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this stage."""
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--images", type=int, default=16000, help="renders to train on")
+    parser.add_argument("--images", type=int, default=8000, help="renders to train on")
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ HEADS: dict[str, tuple[str, ...]] = {
 class ShapeClassifierConfig:
     """Channel widths at 32, 16, 8 and 4 pixels, and the width of the feature vector."""
 
-    widths: tuple[int, ...] = (32, 64, 96, 128)
+    widths: tuple[int, ...] = (24, 48, 64, 96)
     features: int = 128
 
 
