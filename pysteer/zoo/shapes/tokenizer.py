@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,9 +106,23 @@ class ShapeTokenizer(nn.Module):
         kind = fields.pop("kind", None)
         if kind != "ShapeTokenizer":
             raise InputError(f"kind in {folder / CONFIG}", value=kind, allowed="ShapeTokenizer")
-        fields["scales"] = tuple((int(h), int(w)) for h, w in fields["scales"])
-        model = cls(ShapeTokenizerConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+        model = cls(_config_of(fields, folder / CONFIG))
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         tensors, _ = read_safetensors(folder / WEIGHTS, "tokenizer weights", shapes=shapes)
         model.load_state_dict(tensors)
         return model.to(dtype).eval()
+
+
+def _config_of(fields: dict[str, Any], path: Path) -> ShapeTokenizerConfig:
+    try:
+        return ShapeTokenizerConfig(
+            dim=int(fields["dim"]),
+            scales=tuple((int(h), int(w)) for h, w in fields["scales"]),
+            encoder_widths=tuple(fields["encoder_widths"]),
+            encoder_blocks=tuple(fields["encoder_blocks"]),
+            decoder_widths=tuple(fields["decoder_widths"]),
+            decoder_blocks=tuple(fields["decoder_blocks"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        names = ", ".join(field.name for field in dataclass_fields(ShapeTokenizerConfig))
+        raise InputError(f"tokenizer config {path}", value=repr(error), allowed=f"the fields {names}") from error
