@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pysteer import zoo
+from pysteer.files import read_json, write_json
 from pysteer.zoo.shapes.captions import SHAPES, captions_of, sample_scenes
-from pysteer.zoo.shapes.card import percent
+from pysteer.zoo.shapes.card import percent, write_card
 from pysteer.zoo.shapes.evaluate import evaluate, generate_images, object_centres, sample_sheet
 from pysteer.zoo.shapes.renderer import render
 
@@ -87,3 +88,21 @@ def test_sample_sheet_shows_every_image():
 def test_percent():
     assert percent({"value": 0.975, "low": 0.96, "high": 0.985, "n": 600}) == "97.5 [96.0, 98.5]"
     assert percent({"value": float("nan"), "low": 0, "high": 0, "n": 0}) == "-"
+
+
+def test_model_card_holds_the_measured_figures(classifier, tmp_path):
+    found = evaluate(Drawing(sample_scenes(60, 36), wrong=True), classifier, count=60, seed=36, batch=60)
+    write_json(tmp_path / "evaluation.json", found.results)
+    record = read_json(zoo.FOLDER / "infinity-shapes" / "tokenizer" / "training.json")
+    write_json(tmp_path / "tokenizer" / "training.json", record)
+    history = [{"step": 10, "validation_loss_per_scale": [0.5, 0.3], "seconds": 1.0}]
+    settings = {"steps": 4321, "batch": 7, "lr": 0.001, "flip": 0.1}
+    transformer = {"settings": settings, "history": history, "seconds": 12.6, "torch": "2", "cuda": False}
+    write_json(tmp_path / "transformer" / "training.json", transformer)
+    text = write_card(tmp_path, zoo.FOLDER / "shapes-classifier").read_text()
+    assert percent(found.results["overall"]["shape"]) in text
+    assert f"{record['psnr_mean']:.1f} dB" in text
+    assert "4321 steps of 7 captioned" in text
+    assert "0.400 nats" in text
+    for word in ("What it cannot do", "small (stated)", "star", "3000 fresh renders"):
+        assert word in text

@@ -80,10 +80,16 @@ def _quality(measured: dict[str, Any]) -> list[str]:
 
 def _tokenizer(record: dict[str, Any]) -> list[str]:
     sizes = ", ".join(f"{size} {value:.1f}" for size, value in record["psnr_by_size"].items())
+    more = ""
+    if decoder := record.get("decoder"):
+        more = (
+            f"Then {decoder['steps']} steps of the decoder alone on fixed bits, up to {100 * decoder['flip']:g} % of "
+            f"them flipped, {decoder['seconds']} s. "
+        )
     return [
         f"- Tokenizer: {record['parameters'] / 1e6:.2f} M parameters, 16 bits per token at sides 1, 2, 4, 6, 8. "
         f"{record['steps']} plain and {record['edge_steps']} edge-weighted steps of {record['batch']} renders, "
-        f"{record['seconds']} s. PSNR through the bits on {record['psnr_images']} fresh renders: "
+        f"{record['seconds']} s. {more}PSNR through the bits on {record['psnr_images']} fresh renders: "
         f"{record['psnr_mean']:.1f} dB ({sizes})."
     ]
 
