@@ -69,6 +69,20 @@ class _Part:
             self.span[: self.cond + self.uncond, 1].copy_(lengths)
 
 
+class _Listener:
+    """Passes announced rows on to a handle. Copies and pickles of it do nothing: a copied model is not steered."""
+
+    def __init__(self, handle: "Handle | None" = None) -> None:
+        self._handle = handle
+
+    def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None) -> None:
+        if self._handle is not None:
+            self._handle.rows(part, cond, uncond, lengths)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Listener, ()
+
+
 class Handle:
     """A plan on a model: a context manager, and what changes it while it is attached. Made by `steer`.
 
@@ -113,7 +127,7 @@ class Handle:
     def __enter__(self) -> "Handle":
         if self._disconnect is not None:
             raise PysteerError("this handle is attached already; fix: call steer() again for a second one")
-        self._disconnect = self._family.connect(self._obj, self.rows)
+        self._disconnect = self._family.connect(self._obj, _Listener(self))
         try:
             self._build()
             for part in self._parts.values():

@@ -1,5 +1,7 @@
 """steer(): what a plan, strengths, gates and layouts do to the output, against a computation by hand."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -333,6 +335,19 @@ def test_strength_per_part(model: Toy, x: Tensor) -> None:
         torch.testing.assert_close(model.pool(x[:, 0]), pooled + 2)
         with pytest.raises(InputError, match=r'give parts their own: {"text": tensor}'):
             handle.strength = torch.rand(STEPS, 4)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_made_while_steering_is_plain(model: Toy, x: Tensor, way: Callable[[Toy], Toy]) -> None:
+    plain = model.run(x)
+    with steer(model, plan("block.2")) as handle:
+        model.run(x)
+        replica = way(model)
+        assert_equal(replica.run(x[:2]), [y[:2] for y in plain])
+        assert handle.report()[0].calls == STEPS
+        assert_same(model.run(x), [y + 1 for y in plain])
 
 
 def test_handle_is_attached_once_at_a_time(model: Toy) -> None:
