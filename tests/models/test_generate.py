@@ -192,6 +192,30 @@ def test_pipeline_round_trip_and_inputs(small_pipeline, tmp_path):
         small_pipeline([])
 
 
+def test_an_empty_negative_prompt_is_the_learned_unconditional_text(small_pipeline):
+    prompts = ["a red circle", "a small blue star"]
+    plain = small_pipeline(prompts, seeds=[4, 9])
+    assert torch.equal(small_pipeline(prompts, seeds=[4, 9], negative_prompts="").features, plain.features)
+    mixed = small_pipeline(prompts, seeds=[4, 9], negative_prompts=["", "a green square"])
+    both = small_pipeline(prompts, seeds=[4, 9], negative_prompts="a green square")
+    assert torch.equal(mixed.features[0], plain.features[0])
+    assert torch.equal(mixed.features[1], both.features[1])
+    assert not torch.equal(mixed.features[1], plain.features[1])
+
+
+def test_bf16_weights_give_nearly_the_same_logits(small_pipeline, tmp_path):
+    small_pipeline.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    logits: dict[torch.dtype, list[torch.Tensor]] = {}
+    bits = None
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe, seen = InfinityPipeline.from_pretrained(tmp_path, dtype=dtype), logits.setdefault(dtype, [])
+        out = pipe(["a red circle"], forced_bits=bits, on_scale=lambda i, x, s=seen: s.append(x))
+        bits = bits or out.bits
+    for exact, rounded in zip(*logits.values(), strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_truncated_and_nan_weights_are_named(small_pipeline, tmp_path):
     small_pipeline.save_pretrained(tmp_path)
     weights = tmp_path / "transformer" / "model.safetensors"

@@ -122,12 +122,7 @@ class InfinityPipeline:
         else:
             text = self.encode_text([prompts] if isinstance(prompts, str) else list(prompts))
         batch = len(text.lengths)
-        negative = None
-        if negative_prompts is not None:
-            given = [negative_prompts] * batch if isinstance(negative_prompts, str) else list(negative_prompts)
-            if len(given) != batch:
-                raise InputError("negative_prompts", value=len(given), allowed=f"one text or {batch} texts")
-            negative = self.encode_text(given, kind="uncond")
+        negative = None if negative_prompts is None else self._negative(negative_prompts, text)
         out = generate(
             self.transformer,
             text,
@@ -138,6 +133,19 @@ class InfinityPipeline:
         )
         images = self.decode(out.features) if decode else torch.empty(0, dtype=torch.uint8)
         return ImageOutput(images, out.bits, out.features)
+
+    def _negative(self, given: str | Sequence[str], text: TextCondition) -> TextCondition | None:
+        """Text of the unconditional rows; an empty negative prompt means the learned unconditional text."""
+        batch = len(text.lengths)
+        prompts = [given] * batch if isinstance(given, str) else list(given)
+        if len(prompts) != batch:
+            raise InputError("negative_prompts", value=len(prompts), allowed=f"one text or {batch} texts")
+        if not any(prompts):
+            return None
+        negative = self.encode_text(prompts, kind="uncond")
+        both = TextCondition.cat([negative, self.transformer.unconditional(text)])
+        rows = torch.tensor([i if prompt else batch + i for i, prompt in enumerate(prompts)], device=self.device)
+        return TextCondition(both.hidden[rows], both.lengths[rows])
 
     @torch.no_grad()
     def decode(self, features: Tensor, batch: int = 64) -> Tensor:
@@ -161,28 +169,39 @@ class InfinityPipeline:
         files.write_json(folder / "pipeline.json", index)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> InfinityPipeline:
-        """Load a folder written by :meth:`save_pretrained` or by ``pysteer convert``."""
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> InfinityPipeline:
+        """Load a folder written by :meth:`save_pretrained` or by ``pysteer convert``.
+
+        ``dtype`` is that of the transformer and the text encoder; the residual stream, norms and logits stay fp32. The
+        image tokenizer is always fp32.
+        """
         from transformers import AutoTokenizer, T5EncoderModel
 
         folder = Path(folder)
         index = files.read_json(folder / "pipeline.json", "pipeline index")
-        transformer = load_transformer(folder / "transformer")
+        transformer = load_transformer(folder / "transformer", dtype)
         tokenizer = _tokenizer_class(index.get("tokenizer", "")).from_pretrained(folder / "tokenizer")
         with _quiet_transformers():
-            encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+            encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype)
         words = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
         return cls(transformer, tokenizer, encoder, words, index.get("defaults")).to(device)
 
 
-def load_transformer(folder: Path) -> Infinity:
-    """Load ``config.json`` and ``model.safetensors``; every tensor must fit by name and shape and be finite."""
+def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> Infinity:
+    """Load ``config.json`` and ``model.safetensors``; every tensor must fit by name and shape and be finite.
+
+    The model is made without memory and takes over the tensors of the file, so that they are held once.
+    """
     config = InfinityConfig.from_dict(files.read_json(folder / "config.json", "Infinity config"))
-    model = Infinity(config)
+    with torch.device("meta"):
+        model = Infinity(config)
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     state, _ = files.read_safetensors(folder / "model.safetensors", "Infinity weights", shapes=shapes)
-    model.load_state_dict({k: v.float() for k, v in state.items()})
-    return model
+    model.load_state_dict({k: v.to(dtype) for k, v in state.items()}, assign=True)
+    model.clock = torch.zeros((), dtype=torch.int64)
+    return model.eval()
 
 
 def _tokenizer_class(name: str) -> Any:

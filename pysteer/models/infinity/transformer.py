@@ -249,7 +249,9 @@ class CrossAttnBlock(nn.Module):
     ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = (self.ada_gss.float() + modulation).unbind(2)
         x = x + self.sa(modulated_norm(x, scale1, shift1, self.eps), rope, cache, start, mask).float() * gate1
-        x = x + self.ca(self.ca_norm(x.to(self.ca_norm.weight.dtype)), keys_values, text_mask).float()
+        norm = self.ca_norm
+        h = F.layer_norm(x, x.shape[-1:], norm.weight.float(), norm.bias.float(), self.eps)
+        x = x + self.ca(h, keys_values, text_mask).float()
         return x + self.ffn(modulated_norm(x, scale2, shift2, self.eps)).float() * gate2
 
 
