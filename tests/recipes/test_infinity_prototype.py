@@ -120,6 +120,14 @@ def test_gate_leaves_closed_prompts_alone(tmp_path, generator, monkeypatch):
     assert not all(same[1::2])
 
 
+def test_without_a_judge_the_images_are_still_made(tmp_path, generator, monkeypatch):
+    monkeypatch.setattr(module, "find_judge", lambda config, pair: None)
+    folder, summary, _ = start(tmp_path, "pairs=red->blue", "controls=false", "steering_type=TEXT")
+    assert summary.best == {}
+    assert "not measured" in (folder / "report.html").read_text()
+    assert any(row["change_outside"] for row in rows_of(folder))
+
+
 @pytest.mark.parametrize("location", ["ffn", "ca", "ca_block", "sa", "pooled"])
 def test_every_location_changes_the_images(tmp_path, generator, location):
     words = ("pairs=circle->square", "controls=false", "gate=false", "other_prompts=0", "steering_type=VISUAL")

@@ -71,7 +71,7 @@ class PrototypeConfig:
     scales: str = "auto"
     layers: str = "all"
     strength: float = 1.0
-    strengths: tuple[float, ...] = field(default=(0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5))
+    strengths: tuple[float, ...] = field(default=(0.0, 0.5, 0.75, 1.0, 1.25, 1.5))
     both_strength: Literal["auto"] | float = "auto"
     prompts: int = 304
     dose_prompts: int = 96

@@ -94,7 +94,7 @@ class PairExperiment:
     def planned(self) -> int:
         """How many images will be generated, fits included."""
         config = self.config
-        fits = sum(2 * config.fit_pairs for job in self.jobs if job.part == "visual")
+        fits = sum(2 * job.pairs for job in self.jobs if job.part == "visual")
         full = 2 + len(config.kinds) + (sum(job.control is not None for job in self.jobs) * 2 if config.controls else 0)
         full += any(job.name == "mean_ffn" for job in self.jobs)
         dose = len(self.doses) * min(config.dose_prompts, config.prompts)
@@ -125,23 +125,24 @@ class PairExperiment:
     def _fit(self, job: FitJob, advance: Advance) -> Fitted:
         folder = self.run.path(f"fitted/{self.slug}/{job.name}")
         data, config = self.data, self.config
-        count = 2 * len(data.fit) if job.part == "visual" else 0
+        prompts = data.fit.first(job.pairs)
+        count = 2 * len(prompts) if job.part == "visual" else 0
         with self.run.stage(f"{self.slug}-fit-{job.name}", self.inputs, quiet=True) as stage:
             if stage.done:
                 advance(count)
                 return Fitted.from_pretrained(folder)
             others = [prompt for group in data.others.values() for prompt in group]
             use_others = job.part == "text" and isinstance(job.method, Prototype)
-            paired = data.fit.paired
+            paired = prompts.paired
             fitted = fit(
                 self.painter.pipe,
                 job.method,
-                data.fit.source,
-                data.fit.target,
+                prompts.source,
+                prompts.target,
                 sites=job.sites,
                 steps=job.steps if job.part == "visual" else None,
                 sequential=job.sequential,
-                seeds=data.fit.seeds if paired else data.fit.seeds * 2,
+                seeds=prompts.seeds if paired else prompts.seeds * 2,
                 negatives=others if use_others else None,
                 paired=paired,
                 control=job.control,

@@ -19,6 +19,9 @@ Group = Literal["steered", "reference", "control"]
 Schedule = dict[str, dict[Any, tuple[float, float]]]
 
 
+_MEAN_PAIRS = 96  # a mean needs fewer samples than clusters do
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """Scales and layers of the transformer, and blocks of its text encoder."""
@@ -30,7 +33,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class FitJob:
-    """One fit: `part` is "text" or "visual", `control` None or "shuffled"."""
+    """One fit on the first `pairs` prompt pairs: `part` is "text" or "visual", `control` None or "shuffled"."""
 
     name: str
     part: Literal["text", "visual"]
@@ -38,6 +41,7 @@ class FitJob:
     sites: tuple[str, ...]
     steps: tuple[int, ...]
     sequential: bool
+    pairs: int
     control: str | None = None
 
 
@@ -130,13 +134,18 @@ def fit_jobs(config: PrototypeConfig, pair: Pair, setup: Setup | None, size: Mod
         sites, steps = places(config, pair, part, setup, size)
         feeding = config.is_sequential(pair.attribute) if part == "visual" else len(sites) > 1
         sequential = feeding and sites != ("pooled",)
-        jobs.append(FitJob(part, part, _method(config), sites, steps, sequential))
+        jobs.append(FitJob(part, part, _method(config), sites, steps, sequential, config.fit_pairs))
         if config.controls:
-            jobs.append(FitJob(f"shuffled_{part}", part, _method(config), sites, steps, sequential, "shuffled"))
+            jobs.append(
+                FitJob(
+                    f"shuffled_{part}", part, _method(config), sites, steps, sequential, config.fit_pairs, "shuffled"
+                )
+            )
     if config.controls and "visual" in parts(config):
         sites = tuple(f"ffn.{layer}" for layer in range(size.layers))
         every = tuple(range(size.scales))
-        jobs.append(FitJob("mean_ffn", "visual", MeanDifference(pooled=True), sites, every, False))
+        pairs = min(_MEAN_PAIRS, config.fit_pairs)
+        jobs.append(FitJob("mean_ffn", "visual", MeanDifference(pooled=True), sites, every, False, pairs))
     return jobs
 
 
