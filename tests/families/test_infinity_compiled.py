@@ -1,5 +1,7 @@
 """The compiled generator under steering: one set of graphs, whatever strength, schedule, gate and parameters do."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo
@@ -69,7 +71,7 @@ def test_fifty_changes_need_no_new_graph_and_all_show(compiled):
                 seen.append(generate(compiled))
     assert counters["stats"]["unique_graphs"] == graphs <= 4
     assert not counters["graph_break"]
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in itertools.pairwise(seen):
         assert not torch.allclose(earlier, later)
 
 
