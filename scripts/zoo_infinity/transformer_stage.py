@@ -82,7 +82,16 @@ def small_text_encoder(width: int) -> nn.Module:
         vocab_size=len(vocabulary()), d_model=width, d_kv=32, d_ff=4 * width, num_layers=2, num_heads=width // 32,
         feed_forward_proj="gated-gelu", dropout_rate=0.0, is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
-    return T5EncoderModel(config)
+    encoder = T5EncoderModel(config)
+    # Heads that start by looking at the next word, the previous word and the neighbourhood. From T5's own start the
+    # bias stayed flat for 1,500 steps: without word order "a red square on blue" reads like "a blue square on red".
+    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    previous, following = torch.arange(16), torch.arange(16, 32)
+    with torch.no_grad():
+        bias.zero_()
+        bias[following[1], 0] = bias[previous[1], 1] = 5.0
+        bias[previous, 2] = bias[following, 2] = -0.7 * torch.arange(16.0)
+    return encoder
 
 
 class Optimizers:
