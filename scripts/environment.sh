@@ -51,7 +51,7 @@ make_environment() {
     if [ -n "${PYSTEER_TORCH_INDEX:-}" ]; then
         options+=(--extra-index-url "$PYSTEER_TORCH_INDEX")
     elif ! has_gpu && ! "$python" -c "import torch" >/dev/null 2>&1; then
-        echo "no NVIDIA GPU here: PYSTEER_TORCH_INDEX=https://download.pytorch.org/whl/cpu makes the download smaller"
+        echo "no NVIDIA GPU here: PyTorch's CPU index in PYSTEER_TORCH_INDEX would make the download smaller"
     fi
     echo "installing pysteer-core[$extra] and what it needs (torch is large; this happens once)"
     "$python" -m pip --disable-pip-version-check install --no-input ${options[@]+"${options[@]}"} -e ".[$extra]"
