@@ -55,7 +55,7 @@ def run_with(config: PrototypeConfig, run: Run, generator: Generator) -> Summary
         for data in every:
             baseline.load(data)  # a file that does not fit is reported before anything is generated
     planned = sum(experiment.planned for experiment in experiments)
-    run.log.info("%d images in %d pairs: %s", planned, len(every), ", ".join(data.pair.name for data in every))
+    run.log.info("%d images for %s", planned, ", ".join(data.pair.name for data in every))
     start = time.monotonic()
     with run.progress.task("images", planned) as advance:
         made = [experiment.generate(advance, baseline) for experiment in experiments]

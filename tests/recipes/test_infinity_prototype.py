@@ -67,7 +67,7 @@ def test_a_run_leaves_everything_and_continues(tmp_path, generator):
     rows = rows_of(folder)
     assert {row["setting"] for row in rows if row["part"] == "headline"} == settings
     assert {row["strength"] for row in rows if row["part"] == "dose"} == {2.0}
-    planned = int(re.search(r"(\d+) images in 1 pairs", log)[1])
+    planned = int(re.search(r"(\d+) images for red", log)[1])
     assert summary.headline["images"]["generated"] == planned
     assert json.loads((folder / "summary.json").read_text())["best"]["pair"] == "red-to-blue"
     html = (folder / "report.html").read_text()

@@ -188,7 +188,7 @@ class Settings:
         if names["visual"] == "pooled":
             names["visual"] = "pooled text vector"
         where = " and ".join(names[part] for part in parts(config) if kind in (part, "both"))
-        return f"{kind} steering: {how} at {where}"
+        return f"{kind}: {how}, {where}"
 
     def _control(self, part: str, control: str, label: str) -> Setting:
         kind: Kind = "text" if part == "text" else "visual"
