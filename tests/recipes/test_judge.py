@@ -97,7 +97,7 @@ def test_the_bundled_classifier_is_the_default(monkeypatch):
 
 def data(seeds=(1, 2, 3)):
     prompts = Prompts(["a circle"] * 3, ["a square"] * 3, list(seeds))
-    return PairData(SHAPES, prompts, prompts, {}, Prompts([], [], []))
+    return PairData(SHAPES, prompts, prompts, [], {}, Prompts([], [], []))
 
 
 def test_saved_baseline_of_a_pth_file_and_of_other_settings(tmp_path):

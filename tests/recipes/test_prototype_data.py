@@ -35,6 +35,11 @@ def test_drawn_prompts_differ_in_the_class_word_only_and_test_is_not_fitted_on(n
     assert not set(data.fit.seeds) & set(data.test.seeds)
     assert len(set(data.test.source)) == 304
     assert pair.source not in data.others
+    everything = {*data.gate, *(prompt for group in data.others.values() for prompt in group)}
+    assert len(everything) > 600
+    assert not everything & {*data.test.source, *data.bystanders.source}
+    assert 150 < len(data.negatives(192)) < 210
+    assert set(data.negatives(192)) <= everything - set(data.gate)
     assert pair.target in data.others
     assert len(data.bystanders) == 96
     assert all(parse_caption(p)[pair.attribute] != pair.source for p in data.bystanders.source)

@@ -39,6 +39,7 @@ class PrototypeConfig:
         dose_prompts: how many of them the dose-response figure uses.
         other_prompts: prompts of other classes, to see that the gate leaves them alone; 0 for none.
         fit_pairs: prompt pairs the shifts are fitted on.
+        gate_prompts: prompts of the source class, and as many of the others, that the row gate is fitted on.
         gate: steer only the prompts that the row gate takes for the source class.
         controls: run the controls.
         mean_strength: strength of the control `mean shift at ffn`.
@@ -77,6 +78,7 @@ class PrototypeConfig:
     dose_prompts: int = 96
     other_prompts: int = 96
     fit_pairs: int = 192
+    gate_prompts: int = 768
     gate: bool = True
     controls: bool = True
     mean_strength: float = 4.0
@@ -93,7 +95,14 @@ class PrototypeConfig:
     sheet_images: int = 24
 
     def __post_init__(self) -> None:
-        for name, least in (("prompts", 2), ("fit_pairs", 2), ("dose_prompts", 2), ("batch_size", 1), ("clusters", 1)):
+        for name, least in (
+            ("prompts", 2),
+            ("fit_pairs", 2),
+            ("dose_prompts", 2),
+            ("gate_prompts", 16),
+            ("batch_size", 1),
+            ("clusters", 1),
+        ):
             if getattr(self, name) < least:
                 raise InputError(name, value=getattr(self, name), allowed=f"a whole number from {least}")
         if self.other_prompts < 0 or self.sheet_images < 1:

@@ -50,13 +50,27 @@ class Prompts:
 
 @dataclass(frozen=True)
 class PairData:
-    """What is generated for a pair; `others` (class -> prompts) are fitted on too, `bystanders` test it."""
+    """The prompts of a pair.
+
+    Attributes:
+        fit: pairs that the shifts are fitted on.
+        test: pairs that are evaluated.
+        gate: source prompts that the row gate is fitted on.
+        others: class -> prompts of other classes, for the gate and as negatives of the text fit.
+        bystanders: prompts of other classes that are evaluated.
+    """
 
     pair: Pair
     fit: Prompts
     test: Prompts
+    gate: list[str]
     others: dict[str, list[str]]
     bystanders: Prompts
+
+    def negatives(self, count: int) -> list[str]:
+        """About `count` prompts of other classes, evenly from all of them."""
+        share = -(-count // max(1, len(self.others)))
+        return [prompt for group in self.others.values() for prompt in group[:share]]
 
 
 def parse_pair(text: str, variant: int) -> Pair:
@@ -99,19 +113,37 @@ def draw_pair(pair: Pair, config: PrototypeConfig, derive_seed: DeriveSeed) -> P
         raise InputError(
             "prompts", value=config.prompts, allowed=f"at most {len(tested)} that were not fitted on", fix="take fewer"
         )
-    others = _other_captions(pair, config.fit_pairs, derive_seed("captions", "others", *key))
-    beside = [
-        p for group in _other_captions(pair, config.other_prompts, derive_seed("beside", *key)).values() for p in group
-    ]
+    beside = _bystanders(pair, config, derive_seed)
+    gate, others = _gate_captions(pair, config, {source for source, _ in tested} | set(beside.source), derive_seed)
     return PairData(
         pair,
         Prompts(
             [s for s, _ in fitted], [t for _, t in fitted], noise_seeds(len(fitted), derive_seed("noise fit", *key))
         ),
         Prompts([s for s, _ in tested], [t for _, t in tested], noise_seeds(len(tested), derive_seed("noise", *key))),
+        gate,
         others,
-        Prompts(beside, beside, noise_seeds(len(beside), derive_seed("noise beside", *key))),
+        beside,
     )
+
+
+def _bystanders(pair: Pair, config: PrototypeConfig, derive_seed: DeriveSeed) -> Prompts:
+    key = (pair.attribute, pair.source, pair.target)
+    groups = _other_captions(pair, config.other_prompts, derive_seed("beside", *key))
+    captions = [caption for group in groups.values() for caption in group]
+    return Prompts(captions, captions, noise_seeds(len(captions), derive_seed("noise beside", *key)))
+
+
+def _gate_captions(
+    pair: Pair, config: PrototypeConfig, avoid: set[str], derive_seed: DeriveSeed
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Source captions and captions of the other classes to fit the gate on, none of them in `avoid`."""
+    key = (pair.attribute, pair.source, pair.target)
+    drawn = sample_scenes(config.gate_prompts, derive_seed("gate", *key), {pair.attribute: pair.source})
+    source = [scene.caption for scene in drawn if scene.caption not in avoid]
+    groups = _other_captions(pair, config.gate_prompts, derive_seed("gate others", *key))
+    others = {name: [c for c in captions if c not in avoid] for name, captions in groups.items()}
+    return source, {name: captions for name, captions in others.items() if captions}
 
 
 def _other_captions(pair: Pair, count: int, seed: int) -> dict[str, list[str]]:
@@ -141,17 +173,15 @@ def read_pair(config: PrototypeConfig, path: str, derive_seed: DeriveSeed) -> Pa
     fit = [_repeat(prompts[:cut], config.fit_pairs) for prompts, cut in zip(classes, cuts, strict=True)]
     test = [_repeat(prompts[cut:], config.prompts) for prompts, cut in zip(classes, cuts, strict=True)]
     beside = Prompts([], [], [])
-    others: dict[str, list[str]] = {pair.target: classes[1][: cuts[1]]}
+    gate, others = classes[0][: cuts[0]], {pair.target: classes[1][: cuts[1]]}
     if pair.attribute != "class":
-        drawn = _other_captions(pair, config.fit_pairs, derive_seed("captions", "others"))
-        others = {**drawn, **others}
-        captions = _other_captions(pair, config.other_prompts, derive_seed("beside"))
-        flat = [caption for group in captions.values() for caption in group]
-        beside = Prompts(flat, flat, noise_seeds(len(flat), derive_seed("noise beside")))
+        beside = _bystanders(pair, config, derive_seed)
+        gate, others = _gate_captions(pair, config, {*test[0], *beside.source}, derive_seed)
     return PairData(
         pair,
         Prompts(fit[0], fit[1], noise_seeds(config.fit_pairs, derive_seed("noise fit")), paired),
         Prompts(test[0], test[1], noise_seeds(config.prompts, derive_seed("noise")), paired),
+        gate,
         others,
         beside,
     )

@@ -131,7 +131,6 @@ class PairExperiment:
             if stage.done:
                 advance(count)
                 return Fitted.from_pretrained(folder)
-            others = [prompt for group in data.others.values() for prompt in group]
             use_others = job.part == "text" and isinstance(job.method, Prototype)
             paired = prompts.paired
             fitted = fit(
@@ -143,7 +142,7 @@ class PairExperiment:
                 steps=job.steps if job.part == "visual" else None,
                 sequential=job.sequential,
                 seeds=prompts.seeds if paired else prompts.seeds * 2,
-                negatives=others if use_others else None,
+                negatives=data.negatives(config.fit_pairs) if use_others else None,
                 paired=paired,
                 control=job.control,
                 rows=config.rows,
@@ -158,7 +157,7 @@ class PairExperiment:
 
     def _row_gate(self) -> RowGate:
         pooled = self.painter.pooled
-        return RowGate.fit(pooled(self.data.fit.source), [pooled(group) for group in self.data.others.values()])
+        return RowGate.fit(pooled(self.data.gate), [pooled(group) for group in self.data.others.values()])
 
     def _images(
         self,
