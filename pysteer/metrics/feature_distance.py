@@ -43,7 +43,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     ra, rb = _factor(a), _factor(b)
     cross = torch.linalg.svdvals(ra @ rb.T).sum()
     mean = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, float(mean + ra.square().sum() + rb.square().sum() - 2 * cross))
+    spread = ra.square().sum() + rb.square().sum()
+    distance = float(mean + spread - 2 * cross)
+    # Equal sets cancel to rounding errors, which are not a distance.
+    return distance if distance > 1e-12 * float(mean + spread) else 0.0
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

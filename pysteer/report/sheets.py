@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,12 +54,19 @@ def _paste(sheet: Image.Image, image: Tensor, x: int, y: int, size: int) -> None
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int) -> list[str]:
     """`text` broken into at most `lines` lines of `width` pixels, the last one cut with an ellipsis."""
-    characters = max(4, int(width / max(font.getlength("n"), 1)))
-    wrapped = textwrap.wrap(" ".join(text.split()), characters) or [""]
-    if len(wrapped) > lines:
-        wrapped = wrapped[:lines]
-        wrapped[-1] = wrapped[-1][: characters - 3].rstrip() + "..."
-    return wrapped
+    wrapped = [""]
+    for word in text.split():
+        longer = f"{wrapped[-1]} {word}".strip()
+        if not wrapped[-1] or font.getlength(longer) <= width:
+            wrapped[-1] = longer
+        else:
+            wrapped.append(word)
+    cut = len(wrapped) > lines
+    wrapped = wrapped[:lines]
+    last = wrapped[-1]
+    while last and font.getlength(last + "..." * cut) > width:
+        last, cut = last[:-1].rstrip(), True
+    return [*wrapped[:-1], last + "..." * cut]
 
 
 def _write(

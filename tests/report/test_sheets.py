@@ -1,8 +1,10 @@
 import pytest
 import torch
+from PIL import ImageFont
 
 from pysteer.errors import InputError
 from pysteer.report import Row, comparison_grid, labelled_rows
+from pysteer.report.sheets import _fit
 
 
 def flat(count, *colours):
@@ -26,6 +28,17 @@ def test_prompts_are_drawn_and_cut_not_overflowing():
     long = comparison_grid(base, base, ["a very long prompt " * 30], tile=32)
     assert short.size == long.size
     assert short.tobytes() != long.tobytes()
+
+
+def test_lines_fit_their_width():
+    font = ImageFont.load_default(13)
+    words = "a large purple circle at the center on a yellow background"
+    lines = _fit(words, font, 120, 2)
+    assert len(lines) == 2
+    assert lines[-1].endswith("...")
+    assert all(font.getlength(line) <= 120 for line in lines)
+    assert _fit(words, font, 1000, 2) == [words]
+    assert _fit("supercalifragilisticexpialidocious", font, 60, 1)[0].endswith("...")
 
 
 def test_rows_carry_labels_and_images_in_order():

@@ -62,8 +62,8 @@ def interval(measured: Rate, digits: int = 1) -> str:
     return f"{percent(measured.value, digits)} [{100 * measured.low:.{digits}f}, {100 * measured.high:.{digits}f}]"
 
 
-def _number(value: float, digits: int) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def primary(results: PairResults) -> str:
@@ -80,7 +80,7 @@ def figures(results: PairResults) -> dict[str, Callable[[str], bytes]]:
     if not results.headline["baseline"].target.total:
         return {}
     name = primary(results)
-    names: dict[str, Any] = {"target_name": results.pair.target, "kept_name": f"{name} kept"}
+    names: dict[str, Any] = {"target_name": f"shows {results.pair.target}", "kept_name": f"{name} kept"}
     curves = []
     for kind, sets in results.doses.items():
         points = [
@@ -142,7 +142,7 @@ def settings_table(results: PairResults) -> Table:
             strong.append(i)
         row = [m.label, interval(m.target), percent(m.source.value)]
         row += [percent(m.relative[name].value) if name in m.relative else "" for name in others]
-        row += [interval(m.all_relative), percent(m.outside), _number(m.distance, 2), _number(m.to_swap, 2)]
+        row += [interval(m.all_relative), percent(m.outside), _number(m.distance), _number(m.to_swap)]
         rows.append(row)
     caption = (
         f"{pair.name}: {results.headline['baseline'].count} prompts, the same noise in every row. Brackets are 95 % "
