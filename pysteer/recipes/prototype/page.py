@@ -153,6 +153,17 @@ def settings_table(results: PairResults) -> Table:
     return Table(caption, columns, rows, strong)
 
 
+def rates_table(results: PairResults) -> Table:
+    """The absolute rates behind the relative ones."""
+    others = sorted({name for m in results.headline.values() for name in m.kept})
+    rows = [
+        [m.label, *(interval(m.kept[name]) if name in m.kept else "" for name in others)]
+        for m in results.headline.values()
+    ]
+    caption = f"{results.pair.name}: share of images that show what the prompt states, among prompts that state it."
+    return Table(caption, ["setting", *others], rows)
+
+
 def _figure(draw: Callable[[str], bytes], alt: str, caption: str) -> Figure:
     return Figure(draw("light"), alt, caption, draw("dark"))
 
@@ -164,9 +175,13 @@ def sentence(results: PairResults) -> str:
         m = results.headline[kind]
         if m.target.total:
             name, lowest = m.lowest
-            kept = f", {name} kept at {percent(lowest.value)} of its unsteered rate" if name else ""
-            parts.append(f"{kind} steering shows {results.pair.target} in {percent(m.target.value)}{kept}")
-    return f"{results.pair.name}: {'; '.join(parts)}." if parts else f"{results.pair.name}: images only, no classifier."
+            kept = f" ({name} kept at {percent(lowest.value)} of unsteered)" if name else ""
+            parts.append(f"{kind} steering {percent(m.target.value)} {results.pair.target}{kept}")
+    return (
+        f"{results.pair.name.capitalize()}: {', '.join(parts)}."
+        if parts
+        else f"{results.pair.name}: images only, no classifier."
+    )
 
 
 def pair_section(
@@ -202,7 +217,9 @@ def pair_section(
         Figure(made_sheets[f"strengths-{kind}"], f"{kind} steering with rising strength, {pair.name}", kind)
         for kind in made.doses
     ]
-    blocks.append(Details("More images: every setting, and rising strength", more))
+    if any(m.kept for m in results.headline.values()):
+        more.append(rates_table(results))
+    blocks.append(Details("More: every setting, rising strength, absolute rates", more))
     return Section(slug, pair.name, blocks)
 
 
@@ -218,9 +235,9 @@ def headline_facts(every: Sequence[PairResults]) -> Facts:
         for kind in results.doses:
             m = results.headline[kind]
             name, lowest = m.lowest
-            kept = f"{name} kept at {percent(lowest.value)} of unsteered" if name else ""
+            kept = f"; {name} kept at {percent(lowest.value)} of unsteered" if name else ""
             spread = f"[{100 * m.target.low:.1f}, {100 * m.target.high:.1f}]" if m.target.total else ""
-            items.append((f"{results.pair.name}, {kind}", percent(m.target.value), f"{spread} {kept}".strip()))
+            items.append((f"{results.pair.name}, {kind}", percent(m.target.value), f"{spread}{kept}"))
     return Facts(items)
 
 
