@@ -32,10 +32,16 @@ FLAWS = (0.0, 0.0, 0.0, 0.02, 0.05)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this stage."""
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--images", type=int, default=8000, help="renders to train on")
+    parser.add_argument(
+        "--none-bias",
+        type=float,
+        default=-2.0,
+        help="added in the end to the logit of shape 'none': training shows it far more often than a generator does",
+    )
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -66,7 +72,7 @@ def collect(tokenizer: ShapeTokenizer, count: int, seed: int) -> tuple[Tensor, d
     scenes = sample_scenes(count, seed)
     renders, labels = to_bytes(render(scenes)), labels_of(scenes)
     half = count // 2
-    wrong, wrong_labels = negatives(count // 16, seed + 1)
+    wrong, wrong_labels = negatives(count // 4, seed + 1)
     wrong = to_bytes(wrong)
     odd = wrong[::4]
     rubbish = reconstructed(tokenizer, renders[: count // 16], (0.5,) * 5, seed)
@@ -163,11 +169,14 @@ def run(arguments: argparse.Namespace) -> None:
         if (step + 1) % 300 == 0:
             checkpoint.save(step + 1)
     model.eval().cpu()
+    with torch.no_grad():
+        model.heads["shape"].bias[HEADS["shape"].index(NONE)] += arguments.none_bias
     record = {
         "steps": arguments.steps,
         "batch": arguments.batch,
         "lr": arguments.lr,
         "seed": arguments.seed,
+        "none_bias": arguments.none_bias,
         "training_images": len(images),
         "seconds": round(checkpoint.seconds()),
         "parameters": sum(p.numel() for p in model.parameters()),
