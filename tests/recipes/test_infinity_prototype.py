@@ -13,7 +13,7 @@ from tiny_infinity import tiny_pipeline
 from pysteer.errors import InputError
 from pysteer.recipes import infinity_prototype as module
 from pysteer.recipes.frame import execute
-from pysteer.recipes.prototype.generator import Generator, model_size
+from pysteer.recipes.prototype.generator import Generator, load_generator, model_size, weights_mark
 from pysteer.recipes.prototype.judge import Judgement
 from pysteer.recipes.setup_file import ScaleSetup, Setup, write_setup
 
@@ -215,8 +215,12 @@ def test_bad_words_are_one_line(tmp_path, generator, words, message):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_generators_are_named():
-    from pysteer.recipes.prototype.generator import load_generator
+def test_other_weights_are_another_generator(generator):
+    mark = weights_mark(generator.pipe)
+    assert weights_mark(tiny_pipeline()) == mark
+    assert weights_mark(tiny_pipeline(seed=1)) != mark
 
+
+def test_unknown_generators_are_named():
     with pytest.raises(InputError, match="infinity-shapes"):
         load_generator("infinity-shape")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,4 +93,14 @@ def _convert(named: InfinityFiles, bases: list[Path]) -> Path:
 
 
 def _generator(pipe: Any, settings: dict[str, Any], identity: dict[str, Any]) -> Generator:
-    return Generator(pipe, settings, identity, model_size(pipe))
+    return Generator(pipe, settings, {**identity, "weights": weights_mark(pipe)}, model_size(pipe))
+
+
+def weights_mark(pipe: Any) -> str:
+    """A hash over the first values of every weight: another training under the same name is another generator."""
+    digest = hashlib.sha256()
+    for part in (pipe.transformer, pipe.tokenizer, pipe.text_encoder):
+        for name, value in part.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
