@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -233,19 +234,19 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
             checkpoint.save(step + 1)
             if held_out is not None:
-                history.append(export(arguments, out, config, average, tokenizer, held_out, device, step + 1, began))
+                history.append(export(out, config, average, held_out, device, step + 1, began))
                 write_record(arguments, out, history, time.monotonic() - began)
 
 
 def export(
-    arguments: argparse.Namespace, out: Path, config: InfinityConfig, average: Average, tokenizer: ShapeTokenizer,
-    held_out: Bits, device: torch.device, step: int, began: float,
-) -> dict:  # fmt: skip
+    out: Path, config: InfinityConfig, average: Average, held_out: Bits, device: torch.device, step: int, began: float
+) -> dict[str, Any]:
     """Write the averaged weights as a pipeline folder (bf16) and return the validation losses."""
     averaged = CaptionedInfinity(config).to(device)
     averaged.load_state_dict(average.values)
     losses = validate(averaged.eval(), held_out, device)
     print(f"step {step}: validation loss per scale {' '.join(f'{v:.4f}' for v in losses)}", flush=True)
+    tokenizer = ShapeTokenizer.from_pretrained(out / "tokenizer")  # as it is now: its decoder may have been refined
     pipeline = InfinityPipeline(
         averaged.transformer, tokenizer, averaged.text_encoder, build_text_tokenizer(), DEFAULTS
     )
