@@ -36,7 +36,7 @@ from pysteer.recipes.source_config import experiment_file, prepare
 @recipe("infinity-prototype", PrototypeConfig, prepare=prepare)
 def run_prototype(config: PrototypeConfig, run: Run) -> Summary:
     """Turn one class into another with prototype steering; the main experiment."""
-    return run_with(config, run, load_generator(config.infinity))
+    return run_with(config, run, load_generator(config.infinity, config.device))
 
 
 def run_with(config: PrototypeConfig, run: Run, generator: Generator) -> Summary:

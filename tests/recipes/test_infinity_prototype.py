@@ -38,7 +38,7 @@ class PixelJudge:
 def generator(monkeypatch):
     pipe = tiny_pipeline()
     made = Generator(pipe, {}, {"model": "tiny"}, model_size(pipe))
-    monkeypatch.setattr(module, "load_generator", lambda infinity: made)
+    monkeypatch.setattr(module, "load_generator", lambda infinity, device: made)
     monkeypatch.setattr(module, "find_judge", lambda config, pair: PixelJudge())
     return made
 
@@ -224,3 +224,5 @@ def test_other_weights_are_another_generator(generator):
 def test_unknown_generators_are_named():
     with pytest.raises(InputError, match="infinity-shapes"):
         load_generator("infinity-shape")
+    with pytest.raises(InputError, match=r"device.*'tpu'.*auto, cpu"):
+        load_generator("infinity-shapes", "tpu")

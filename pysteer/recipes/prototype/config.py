@@ -46,6 +46,7 @@ class PrototypeConfig:
         cfg: guidance; empty takes the generator's own setting.
         tau: temperature; empty takes the generator's own setting.
         batch_size: prompts generated at once.
+        device: auto (a GPU where there is one), cpu, cuda:0 and so on.
         seed: seed of prompts, noise and fits.
         experiment_dir: folder with `setup/`, `weights/` and `results/`.
         experiment_setup: steering setup (a JSON file in `setup/`) that replaces scales, layers and strengths.
@@ -85,6 +86,7 @@ class PrototypeConfig:
     cfg: float | None = None
     tau: float | None = None
     batch_size: int = 128
+    device: str = "auto"
     seed: int = 0
     experiment_dir: str = ""
     experiment_setup: str = ""

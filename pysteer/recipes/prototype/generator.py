@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pysteer import zoo
 from pysteer.errors import InputError
@@ -33,11 +35,31 @@ def model_size(pipe: Any) -> ModelSize:
     return ModelSize(family.steps(pipe, "visual"), layers, sum(name.startswith("text.block.") for name in sites))
 
 
-def load_generator(infinity: str) -> Generator:
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU where there is one. Raises `InputError` for a device this machine does not have."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    name = "cuda:0" if device == "cuda" else device
+    if name not in allowed:
+        raise InputError("device", value=device, allowed=", ".join(["auto", *allowed]), fix="use device=auto")
+    return torch.device(name)
+
+
+def load_generator(infinity: str, device: str = "auto") -> Generator:
     """Load what `infinity` names: a bundled generator, a pipeline folder or an `infinity_configuration.yml`.
 
-    Official weights are converted once, into a folder beside them. Raises `InputError` for anything that is not there.
+    `device` is "auto", "cpu" or "cuda:0" and so on. Official weights are converted once, into a folder beside them.
+    Raises `InputError` for anything that is not there.
     """
+    place = choose_device(device)
+    found = _load(infinity)
+    if place.type != "cpu":
+        found.pipe.to(place)
+    return replace(found, identity={**found.identity, "device": place.type})
+
+
+def _load(infinity: str) -> Generator:
     path = Path(infinity)
     if infinity in zoo.available()["generators"]:
         return _generator(zoo.load(infinity), {}, {"model": infinity})
