@@ -17,7 +17,15 @@
 #include "element.h"
 
 #ifdef PYSTEER_X86
+#if !defined(__clang__)  // gcc's own header starts some vectors from themselves on purpose
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #if defined(__clang__)

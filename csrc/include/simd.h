@@ -148,8 +148,8 @@ inline void load2(const BFloat16* p, Vec& a, Vec& b) {
 inline void load2_as(BFloat16, const float* p, Vec& a, Vec& b) {
     const Vec low = _mm256_permute2f128_ps(load(p), load(p + kLanes), 0x20);
     const Vec high = _mm256_permute2f128_ps(load(p), load(p + kLanes), 0x31);
-    a = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)), 0xd8));
-    b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xdd)), 0xd8));
+    a = _mm256_shuffle_ps(low, high, 0x88);
+    b = _mm256_shuffle_ps(low, high, 0xdd);
 }
 inline __m256i join2(BFloat16, Vec a, Vec b) {
     return _mm256_blend_epi16(_mm256_srli_epi32(rounded(a), 16), rounded(b), 0xaa);

@@ -13,7 +13,7 @@ from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, has_memory, packed, plain_torch_needed, refuse_out
 from pysteer.ops.launch import Launch, address, choose, on_device, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
-from pysteer.ops.lookup import active_tokens, along, look_up
+from pysteer.ops.lookup import active_tokens, along, laid_out_like, look_up
 from pysteer.ops.registry import Case, OpSpec, activation, tables
 
 _SCHEMA = (
@@ -39,7 +39,7 @@ def affine_shift_reference(
     g, b = (along(bank.index_select(0, which).to(high), x, channel_dim) for bank in (gain, bias))
     xf = x.to(high)
     y = xf + along(s.to(high), x, channel_dim) * ((g - 1) * xf + b)
-    return torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x)
+    return laid_out_like(torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x), x)
 
 
 def _run(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pysteer.errors import InputError
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.lookup import active_tokens, full_precision, look_up
+from pysteer.ops.lookup import active_tokens, close_scores, full_precision, laid_out_like, look_up
 from pysteer.ops.registry import Case, OpSpec, activation, tables
 
 _NORMALIZE = ("none", "unit", "input")
@@ -39,7 +39,7 @@ def gradient_shift_reference(
     which, s = look_up(slot, strength, clock, x.shape[0])
     high = torch.promote_types(x.dtype, torch.float32)
     moved = x.movedim(channel_dim, -1).to(high)
-    tokens = moved.reshape(x.shape[0], -1, moved.shape[-1])
+    tokens = moved.unsqueeze(1).flatten(1, -2)
     banks = (weight, offset, centre, target, factor, scale)
     w, o, m, aims, z, c = (bank.index_select(0, which).to(high) for bank in banks)
     with full_precision(x):
@@ -55,7 +55,7 @@ def gradient_shift_reference(
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(high).tiny)
         u = u * tokens.norm(dim=-1, keepdim=True) if normalize == "input" else u
     y = (tokens + s.to(high).reshape(-1, 1, 1) * u).reshape(moved.shape).movedim(-1, channel_dim)
-    return torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x)
+    return laid_out_like(torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x), x)
 
 
 def gradient_shift(
@@ -141,6 +141,12 @@ def _make_inputs(case: Case) -> dict[str, Any]:
     return {"x": x, **banks, **tables(case, sets), "channel_dim": channel_dim, **case.options}
 
 
+def _unsure(x: Tensor, weight: Tensor, offset: Tensor, target: Tensor, **inputs: Any) -> Tensor:
+    table = [inputs[name] for name in ("slot", "strength", "clock", "channel_dim")]
+    aimed = offset.masked_fill(target == 0, -torch.inf)
+    return close_scores(x, weight, offset, *table) | close_scores(x, weight, aimed, *table)
+
+
 SPEC = OpSpec(
     name="gradient_shift",
     function=gradient_shift,
@@ -154,4 +160,5 @@ SPEC = OpSpec(
         "soft": {"gate": True, "temperature": 2.0},
         "unit": {"normalize": "unit"},
     },
+    unsure=_unsure,
 )

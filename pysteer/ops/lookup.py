@@ -33,6 +33,33 @@ def active_tokens(x: Tensor, which: Tensor, strength: Tensor, span: Tensor | Non
     return active & (position >= start) & (position < end)
 
 
+def laid_out_like(y: Tensor, x: Tensor) -> Tensor:
+    """Return `y` with the strides of `torch.empty_like(x)`: a steered activation lies in memory as the plain one."""
+    result = torch.empty_like(x)
+    return y if y.stride() == result.stride() else result.copy_(y)
+
+
+def close_scores(
+    x: Tensor, weight: Tensor, offset: Tensor, slot: Tensor, strength: Tensor, clock: Tensor, channel_dim: int
+) -> Tensor:
+    """Return where the two best of the scores x·w_k + o_k lie so close that fp32 rounding may decide.
+
+    Args:
+        x: the activation; weight: [P, K, D]; offset: [P, K]; the rest as for the ops.
+
+    Returns:
+        A mask that broadcasts against `x`.
+    """
+    which, _ = look_up(slot, strength, clock, x.shape[0])
+    moved = x.movedim(channel_dim, -1).double()
+    tokens = moved.unsqueeze(1).flatten(1, -2)
+    w, o = weight.index_select(0, which).double(), offset.index_select(0, which).double()
+    best = (tokens @ w.transpose(1, 2) + o.unsqueeze(1)).topk(min(2, w.shape[1]), -1).values
+    size = (tokens.abs() @ w.abs().transpose(1, 2)).amax(-1) + best[..., 0].abs()
+    close = (best[..., 0] - best[..., -1] < 1e-6 * size) & (w.shape[1] > 1)
+    return close.reshape(moved.shape[:-1]).unsqueeze(channel_dim)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off, so that matrix products stay in the precision they are given in."""
     kind = x.device.type

@@ -15,7 +15,7 @@ from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, has_memory, packed, plain_torch_needed, refuse_out
 from pysteer.ops.launch import Launch, address, choose, on_device, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
-from pysteer.ops.lookup import active_tokens, along, full_precision, look_up
+from pysteer.ops.lookup import active_tokens, along, close_scores, full_precision, laid_out_like, look_up
 from pysteer.ops.registry import Case, OpSpec, activation, tables
 
 _SCHEMA = (
@@ -46,7 +46,7 @@ def prototype_shift_reference(
     which, s = look_up(slot, strength, clock, x.shape[0])
     high = torch.promote_types(x.dtype, torch.float32)
     moved = x.movedim(channel_dim, -1).to(high)
-    tokens = moved.reshape(x.shape[0], -1, moved.shape[-1])
+    tokens = moved.unsqueeze(1).flatten(1, -2)
     w, o, shifts = (bank.index_select(0, which).to(high) for bank in (weight, offset, delta))
     with full_precision(x):
         score = tokens @ w.transpose(1, 2) + o.unsqueeze(1)
@@ -60,7 +60,7 @@ def prototype_shift_reference(
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(high).tiny)
         u = u * tokens.norm(dim=-1, keepdim=True) if normalize == "input" else u
     y = (tokens + s.to(high).reshape(-1, 1, 1) * u).reshape(moved.shape).movedim(-1, channel_dim)
-    return torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x)
+    return laid_out_like(torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x), x)
 
 
 def _in_plain_torch(x: Tensor, *arguments: Any) -> Tensor:
@@ -74,7 +74,7 @@ def _choose(x: Tensor, out: Tensor, prototypes: int, temperature: float, normali
     if temperature > 0 or normalize != "none" or prototypes > _LARGEST_K:
         return Launch("reference")
     forced = len(backends.choices(x.device.type)) == 1
-    in_registers = prototypes <= _LARGEST_K_IN_REGISTERS
+    in_registers = prototypes <= _LARGEST_K_IN_REGISTERS and x.stride(channel_dim) == 1
     return choose("prototype_shift", x, out, channel_dim, lambda name: name != "cuda" or forced or in_registers)
 
 
@@ -249,6 +249,11 @@ def _implementation(
     return _choose(x, target, weight.shape[1], temperature, normalize, channel_dim).backend
 
 
+def _unsure(x: Tensor, **inputs: Any) -> Tensor:
+    table = [inputs[name] for name in ("weight", "offset", "slot", "strength", "clock", "channel_dim")]
+    return close_scores(x, *table)
+
+
 _HARD = "temperature 0, no normalisation, K <= 256; fp32, bf16, fp16, channels or tokens next to each other"
 SPEC = OpSpec(
     name="prototype_shift",
@@ -265,5 +270,6 @@ SPEC = OpSpec(
         "unit": {"normalize": "unit"},
         "pull-input": {"normalize": "input", "pull": True},
     },
-    sizes=({"prototypes": 1}, {"prototypes": 5}, {"prototypes": 64}),
+    unsure=_unsure,
+    sizes=({"prototypes": 5}, {"prototypes": 1}, {"prototypes": 64}),
 )

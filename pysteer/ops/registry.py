@@ -50,6 +50,10 @@ class Case:
     seed: int = 0
 
 
+def _never(x: Tensor, **_: Any) -> Tensor:
+    return torch.zeros((), dtype=torch.bool, device=x.device)
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """One op as the tests and benchmarks see it.
@@ -64,6 +68,8 @@ class OpSpec:
         variants: sets of options to test, each with a short name.
         sizes: further sizes to test, for instance numbers of prototypes.
         gradients: arguments that the op differentiates itself (all others go through the reference).
+        unsure: from the keyword arguments, a mask that broadcasts against `x`: where rounding decides between two
+            choices, so that two right implementations may differ.
     """
 
     name: str
@@ -75,6 +81,7 @@ class OpSpec:
     variants: Mapping[str, Mapping[str, Any]]
     sizes: tuple[Mapping[str, int], ...] = ({},)
     gradients: tuple[str, ...] = ("x",)
+    unsure: Callable[..., Tensor] = _never
 
 
 @cache

@@ -1,0 +1,124 @@
+"""What the tests of the ops share: cases from the registry, the comparison with fp64, and what must not change.
+
+Run as a script it compares every op that the compiled CPU kernels serve, which is how the tests look at one instruction
+set at a time (environment variable PYSTEER_ISA).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tolerances import tolerance
+from torch import Tensor
+
+from pysteer.ops import Case, OpSpec, backend, backend_status, get, specs
+from pysteer.ops.lookup import active_tokens, look_up
+
+CPU_VARIANTS = ["reference", "cpu"] if backend_status()["cpu"].live else ["reference"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# R, L, D: ones, one off a power of two, and the longest sequence and width, never two long ones at a time.
+SHAPES = ((5, 1, 1), (5, 1, 4608), (3, 4608, 1), (5, 63, 257), (5, 257, 63), (1, 130, 192), (7, 7, 64))
+SMALL = ((5, 7, 63), (5, 70, 17))
+
+
+def entries() -> Iterator[tuple[str, str, dict[str, int]]]:
+    """Yield op, variant and sizes; variants that only plain torch serves are tried with the first sizes alone."""
+    for spec in specs().values():
+        for variant, options in spec.variants.items():
+            case = Case(2, 4, 16, options=options)
+            fast = bool(spec.backends) and spec.implementation(**spec.make_inputs(case)) != "reference"
+            for sizes in spec.sizes if fast else spec.sizes[:1]:
+                yield spec.name, variant, dict(sizes)
+
+
+ENTRIES = list(entries())
+IDS = ["-".join([op, variant, *(f"{key[0]}{value}" for key, value in sizes.items())]) for op, variant, sizes in ENTRIES]
+
+
+def truth_of(spec: OpSpec, inputs: dict[str, Any]) -> Tensor:
+    """Return the result of the reference in fp64."""
+    return spec.reference(**{**inputs, "x": inputs["x"].double()})
+
+
+def active_mask(inputs: dict[str, Any]) -> Tensor:
+    """Return where a call may change `x`, in the shape of `x`."""
+    x = inputs["x"]
+    which, strength = look_up(inputs["slot"], inputs["strength"], inputs["clock"], x.shape[0])
+    return active_tokens(x, which, strength, inputs["span"], inputs["channel_dim"]).expand(x.shape)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Return the bit patterns of `x` as integers, so that NaN and -0 can be compared."""
+    return x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+def compare(result: Tensor, spec: OpSpec, variant: str, inputs: dict[str, Any]) -> None:
+    """Assert that a result is right: close to fp64 where tokens are active, the same bits everywhere else.
+
+    Tokens for which rounding decides between two choices are left out; they must be few.
+    """
+    x, truth, active = inputs["x"], truth_of(spec, inputs), active_mask(inputs)
+    assert result.dtype == x.dtype
+    assert result.shape == x.shape
+    assert torch.equal(bits(result)[~active], bits(x)[~active]), "inactive tokens changed"
+    limit = tolerance(spec.name, variant, x.dtype)
+    sure = active & ~spec.unsure(**inputs)
+    assert sure.sum() >= 0.5 * active.sum()
+    far = (result.double() - truth).abs() > limit.absolute + limit.relative * truth.abs()
+    assert not (far & sure).any(), f"{int((far & sure).sum())} of {int(sure.sum())} elements are off"
+    if active.sum() > 100:
+        changed = (result != x)[active].float().mean()
+        assert changed > 0.02, "the op did nothing"
+
+
+def run(spec: OpSpec, inputs: dict[str, Any], **more: Any) -> Tensor:
+    """Call the op and check that it left its inputs alone."""
+    before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+    result = spec.function(**inputs, **more)
+    for name, value in before.items():
+        if more.get("out") is not inputs[name]:
+            assert torch.equal(value, inputs[name]), f"{name} was written to"
+    return result
+
+
+def check(op: str, variant: str, case: Case, *, backend_name: str | None = None, expect: str | None = None) -> None:
+    """Compare fresh, `out=` and in-place results of one case; `expect` names the backend that has to serve it."""
+    spec = get(op)
+    case = replace(case, options=spec.variants[variant])
+    inputs = spec.make_inputs(case)
+    with backend(backend_name):
+        if expect:
+            assert spec.implementation(**inputs) == expect
+        result = run(spec, inputs)
+        assert result is not inputs["x"]
+        assert result.stride() == torch.empty_like(inputs["x"]).stride()
+        compare(result, spec, variant, inputs)
+        poisoned = torch.full_like(inputs["x"], torch.nan)
+        assert run(spec, inputs, out=poisoned) is poisoned
+        assert torch.equal(bits(poisoned), bits(result)), "out= differs from a fresh result"
+        copied = {**inputs, "x": inputs["x"].clone()}
+        run(spec, copied, out=copied["x"])
+        assert torch.equal(bits(copied["x"]), bits(result)), "in place differs from a fresh result"
+
+
+def main() -> None:
+    """Compare everything that the CPU kernels serve."""
+    count = 0
+    for op, variant, sizes in ENTRIES:
+        if "cpu" not in get(op).backends or get(op).variants[variant].get("temperature"):
+            continue
+        for dtype in DTYPES:
+            for layout in ("tokens", "channels_first"):
+                for rows, tokens, width in (*SMALL, (5, 3, 200)):
+                    case = Case(rows, tokens, width, dtype, layout, span=True, sizes=sizes)
+                    spec = get(op)
+                    inputs = spec.make_inputs(replace(case, options=spec.variants[variant]))
+                    if spec.implementation(**inputs) == "cpu":
+                        check(op, variant, case, expect="cpu")
+                        count += 1
+    print(f"compared {count}")
+
+
+if __name__ == "__main__":
+    main()
