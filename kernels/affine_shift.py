@@ -131,7 +131,13 @@ def _ahead(name, element, by_token, span, in_place):
         "kernel": affine_shift_kernel,
         "signature": {"x": f"*{element}", "y": f"*{element}", **_POINTERS, **integers},
         "constants": {**constants, **dict.fromkeys(unit, 1)},
-        "divisible": ("x", "y", "gain", "bias", *(size for size in integers if size not in ("sets", "steps", "capacity"))),
+        "divisible": (
+            "x",
+            "y",
+            "gain",
+            "bias",
+            *(size for size in integers if size not in ("sets", "steps", "capacity")),
+        ),
         "warps": 4,
         "wants": ("LDG.E.128", "STG.E.128"),
     }
