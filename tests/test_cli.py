@@ -148,7 +148,12 @@ def test_interrupted_run_continues(number: int, code: int, tmp_path: Path, root:
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import toy; from pysteer.cli import main; main()"
     command = [sys.executable, "-c", program, "run", "toy", "steps=4", "wait=0.7", "--out", str(tmp_path / "out")]
     started = subprocess.Popen(
-        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(root)}
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
     marker = tmp_path / "out" / "toy" / "stages" / "step-0.json"
     deadline = time.monotonic() + 60
