@@ -93,7 +93,7 @@ def test_a_run_leaves_everything_and_continues(tmp_path, generator):
 
 
 def test_same_seed_same_images_and_another_seed_others(tmp_path, generator):
-    words = ("pairs=red->blue", "controls=false", "steering_type=VISUAL")
+    words = ("pairs=red->blue", "controls=false", "steering_type=VISUAL", "gate=false")
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folder, _, _ = start(tmp_path, *words, f"seed={seed}", name=name)
