@@ -35,7 +35,7 @@ from zoo_infinity.common import (
 )
 
 NAME = "infinity-shapes"
-DEFAULTS = {"cfg": 2.0, "tau": 0.5, "top_p": 1.0}
+DEFAULTS = {"cfg": 3.0, "tau": 0.5, "top_p": 1.0}
 VALIDATION_SEED = 7919
 
 
