@@ -92,11 +92,16 @@ def rope_table(scales: Sequence[tuple[int, int]], head_dim: int, base: float = 1
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply a rotary table ``[2, L, d/2]`` to ``x [R, H, L, d]`` (interleaved pairs), in fp32."""
-    pair = x.float().unflatten(-1, (-1, 2))
-    a, b = pair.unbind(-1)
+    """Apply a rotary table ``[2, L, d/2]`` to ``x [R, H, L, d]`` (interleaved pairs); fp32 in and out.
+
+    In eager code as one complex product, which is many times faster on a CPU; the compiler fuses the real form.
+    """
+    pair = x.unflatten(-1, (-1, 2))
     cos, sin = rope[0], rope[1]
-    return torch.stack([cos * a - sin * b, sin * a + cos * b], dim=-1).flatten(-2)
+    if torch.compiler.is_compiling():
+        a, b = pair.unbind(-1)
+        return torch.stack([cos * a - sin * b, sin * a + cos * b], dim=-1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(pair) * torch.complex(cos, sin)).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
@@ -148,8 +153,10 @@ class SelfAttention(nn.Module):
         qkv = F.linear(x.to(weight.dtype), weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         temperature = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
-        q = rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * temperature, rope).to(v.dtype)
-        k = rotate(F.normalize(k.float(), dim=-1, eps=1e-12), rope).to(v.dtype)
+        # Contiguous first: norms and products over strided heads cost far more than the copies.
+        q, k = q.float().contiguous(), k.float().contiguous()
+        q = rotate(F.normalize(q, dim=-1, eps=1e-12) * temperature, rope).to(v.dtype)
+        k = rotate(F.normalize(k, dim=-1, eps=1e-12), rope).to(v.dtype)
         if cache is not None:
             k, v = cache.write(k, v, start)
         y = attend(q, k, v, mask, scale=1.0)
@@ -217,7 +224,7 @@ class FFN(nn.Module):
 
 def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Layer norm without parameters, then ``* (1 + scale) + shift``, in fp32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (scale + 1) + shift
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), scale + 1)
 
 
 class CrossAttnBlock(nn.Module):
@@ -248,11 +255,13 @@ class CrossAttnBlock(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = (self.ada_gss.float() + modulation).unbind(2)
-        x = x + self.sa(modulated_norm(x, scale1, shift1, self.eps), rope, cache, start, mask).float() * gate1
+        x = torch.addcmul(
+            x, self.sa(modulated_norm(x, scale1, shift1, self.eps), rope, cache, start, mask).float(), gate1
+        )
         norm = self.ca_norm
         h = F.layer_norm(x, x.shape[-1:], norm.weight.float(), norm.bias.float(), self.eps)
         x = x + self.ca(h, keys_values, text_mask).float()
-        return x + self.ffn(modulated_norm(x, scale2, shift2, self.eps)).float() * gate2
+        return torch.addcmul(x, self.ffn(modulated_norm(x, scale2, shift2, self.eps)).float(), gate2)
 
 
 class BlockChunk(nn.Module):
