@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace pysteer {
 namespace {
 
-constexpr std::int64_t kChunkBytes = 32 << 10;  // of one piece of work
+constexpr std::int64_t kChunkBytes = 64 << 10;  // of one piece of work
 
 struct AffineShift {
     Frame frame;
@@ -25,13 +25,14 @@ struct AffineShift {
     bool streaming;
 };
 
+// Called by all threads of a team, as is run_by_channel.
 template <class T>
 void run_by_token(const T* x, T* y, const AffineShift& op) {
     const Frame& f = op.frame;
     const auto shift = PYSTEER_PICK(affine_tokens<T>);
     const std::int64_t step = std::max<std::int64_t>(kChunkBytes / std::int64_t(f.width * sizeof(T)), 1);
     const std::int64_t chunks = (f.tokens + step - 1) / step;
-#pragma omp parallel for schedule(static) num_threads(op.threads) if (op.threads > 1)
+#pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < f.rows * chunks; ++i) {
         const std::int64_t r = i / chunks, first = i % chunks * step, last = std::min(first + step, f.tokens);
         const Row& row = op.rows[r];
@@ -50,7 +51,7 @@ void run_by_channel(const T* x, T* y, const AffineShift& op) {
     const Frame& f = op.frame;
     const auto shift = PYSTEER_PICK(affine_plane<T>);
     const bool in_place = static_cast<const void*>(x) == y;
-#pragma omp parallel for schedule(static) num_threads(op.threads) if (op.threads > 1)
+#pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < f.rows * f.width; ++i) {
         const std::int64_t r = i / f.width, d = i % f.width;
         const Row& row = op.rows[r];
@@ -71,10 +72,14 @@ template <class T>
 void run(std::uintptr_t x, std::uintptr_t y, const AffineShift& op) {
     const T* from = reinterpret_cast<const T*>(x);
     T* to = reinterpret_cast<T*>(y);
-    if (op.frame.by_token()) {
-        run_by_token(from, to, op);
-    } else {
-        run_by_channel(from, to, op);
+#pragma omp parallel num_threads(op.threads) if (op.threads > 1)
+    {
+        if (op.frame.by_token()) {
+            run_by_token(from, to, op);
+        } else {
+            run_by_channel(from, to, op);
+        }
+        if (op.streaming) finish_streams();
     }
 }
 

@@ -4,8 +4,12 @@
 
 inline float scale_of(float gain, float strength) { return fma1(strength, gain - 1.0f, 1.0f); }
 
+// How the result is stored: into another buffer, into the source itself, or past the caches into another buffer. The
+// last two ask for the next tokens early, because the processor does not follow several tokens at once by itself.
+enum class Store { kPlain, kInPlace, kStream };
+
 // kTokens tokens at a time share the work on gain and bias.
-template <class T, int kTokens, bool kStream>
+template <class T, int kTokens, Store kStore>
 inline void affine_block(const T* x, T* y, std::int64_t x_stride, std::int64_t y_stride, std::int64_t width,
                          const float* gain, const float* bias, float strength) {
     const Vec one = set1(1.0f), s = set1(strength);
@@ -21,7 +25,8 @@ inline void affine_block(const T* x, T* y, std::int64_t x_stride, std::int64_t y
         for (int t = 0; t < kTokens; ++t) {
             Vec v0, v1;
             load2(x + t * x_stride + d, v0, v1);
-            put2<T, kStream>(y + t * y_stride + d, fma(a0, v0, c0), fma(a1, v1, c1));
+            if (kStore != Store::kPlain) __builtin_prefetch(x + (t + kTokens) * x_stride + d);
+            put2<T, kStore == Store::kStream>(y + t * y_stride + d, fma(a0, v0, c0), fma(a1, v1, c1));
         }
     }
     for (; d < width; ++d) {
@@ -32,17 +37,16 @@ inline void affine_block(const T* x, T* y, std::int64_t x_stride, std::int64_t y
     }
 }
 
-template <class T, bool kStream>
+template <class T, Store kStore>
 inline void affine_tokens_as(const T* x, T* y, std::int64_t tokens, std::int64_t x_stride, std::int64_t y_stride,
                              std::int64_t width, const float* gain, const float* bias, float strength) {
     std::int64_t t = 0;
     for (; t + 4 <= tokens; t += 4) {
-        affine_block<T, 4, kStream>(x + t * x_stride, y + t * y_stride, x_stride, y_stride, width, gain, bias, strength);
+        affine_block<T, 4, kStore>(x + t * x_stride, y + t * y_stride, x_stride, y_stride, width, gain, bias, strength);
     }
     for (; t < tokens; ++t) {
-        affine_block<T, 1, kStream>(x + t * x_stride, y + t * y_stride, x_stride, y_stride, width, gain, bias, strength);
+        affine_block<T, 1, kStore>(x + t * x_stride, y + t * y_stride, x_stride, y_stride, width, gain, bias, strength);
     }
-    if (kStream) finish_streams();
 }
 
 // Tokens of one row, channels next to each other.
@@ -50,9 +54,11 @@ template <class T>
 void affine_tokens(const T* x, T* y, std::int64_t tokens, std::int64_t x_stride, std::int64_t y_stride,
                    std::int64_t width, const float* gain, const float* bias, float strength, bool streaming) {
     if (streaming && aligned_for_streams(y, y_stride)) {
-        affine_tokens_as<T, true>(x, y, tokens, x_stride, y_stride, width, gain, bias, strength);
+        affine_tokens_as<T, Store::kStream>(x, y, tokens, x_stride, y_stride, width, gain, bias, strength);
+    } else if (x == y) {
+        affine_tokens_as<T, Store::kInPlace>(x, y, tokens, x_stride, y_stride, width, gain, bias, strength);
     } else {
-        affine_tokens_as<T, false>(x, y, tokens, x_stride, y_stride, width, gain, bias, strength);
+        affine_tokens_as<T, Store::kPlain>(x, y, tokens, x_stride, y_stride, width, gain, bias, strength);
     }
 }
 
@@ -69,7 +75,6 @@ void affine_plane(const T* x, T* y, std::int64_t tokens, float gain, float bias,
             load2(x + t, v0, v1);
             put2<T, true>(y + t, fma(a, v0, c), fma(a, v1, c));
         }
-        finish_streams();
     }
     for (; t + 2 * kLanes <= tokens; t += 2 * kLanes) {
         load2(x + t, v0, v1);

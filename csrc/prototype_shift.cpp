@@ -69,7 +69,7 @@ void run(std::uintptr_t x_address, std::uintptr_t y_address, const PrototypeShif
     {
         std::vector<float> scratch(std::min(kBlock, f.tokens) * f.width);
         std::int32_t nearest[kBlock];
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (std::int64_t i = 0; i < f.rows * blocks; ++i) {
             const std::int64_t r = i / blocks, first = i % blocks * kBlock, last = std::min(first + kBlock, f.tokens);
             const Row& row = op.rows[r];
@@ -88,6 +88,7 @@ void run(std::uintptr_t x_address, std::uintptr_t y_address, const PrototypeShif
                                scratch.data(), nearest);
             }
         }
+        if (op.streaming) finish_streams();
     }
 }
 

@@ -132,7 +132,6 @@ void prototype_tokens(const T* x, T* y, std::int64_t tokens, std::int64_t x_stri
             add_shift<T, false>(x + t * x_stride, y + t * y_stride, set.width, delta, set.strength, set.pull);
         }
     }
-    if (past_caches) finish_streams();
 }
 
 // A block of tokens of one row, tokens next to each other: turned over into scratch, changed there and turned back.

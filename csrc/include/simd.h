@@ -219,9 +219,6 @@ inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const __m256 all = _mm256_hadd_ps(ab, cd);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
-inline void finish_streams() { _mm_sfence(); }
-#else
-inline void finish_streams() {}
 #endif
 
 // Natural order, unless a set of instructions has a better one above.

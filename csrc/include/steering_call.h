@@ -7,11 +7,12 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu_features.h"
 #include "dtype.h"
 #include "element.h"
 
-#ifdef __linux__
-#include <unistd.h>
+#ifdef PYSTEER_X86
+#include <xmmintrin.h>
 #endif
 
 namespace pysteer {
@@ -70,20 +71,18 @@ void copy_tokens(const T* x, T* y, std::int64_t begin, std::int64_t end, const F
     for (std::int64_t t = begin; t < end; ++t) std::memcpy(y + t * f.y_token, x + t * f.x_token, f.width * sizeof(T));
 }
 
-inline std::int64_t last_level_cache() {
-    static const std::int64_t bytes = [] {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-        return std::max<std::int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 4 << 20);
-#else
-        return std::int64_t(16) << 20;
-#endif
-    }();
-    return bytes;
+// A result that will not be found in the cache anyway is written past it, which saves reading it first. The limit is
+// the last-level cache that the cores of one cluster share on common servers; what the system reports may be the sum
+// over all clusters.
+inline bool worth_streaming(const void* x, const void* y, std::int64_t bytes) {
+    return x != y && 2 * bytes >= std::int64_t(32) << 20;
 }
 
-// A result that will not be found in the cache anyway is written past it, which saves reading it first.
-inline bool worth_streaming(const void* x, const void* y, std::int64_t bytes) {
-    return x != y && 2 * bytes >= last_level_cache();
+// Every thread that wrote past the caches ends with this, before others look at the result.
+inline void finish_streams() {
+#ifdef PYSTEER_X86
+    _mm_sfence();
+#endif
 }
 
 // Threads for work that reads `bytes`: waking one costs some microseconds.
