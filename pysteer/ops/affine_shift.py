@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, has_memory, packed, plain_torch_needed, refuse_out
-from pysteer.ops.launch import Launch, address, choose, on_device, raise_for, stream_of
+from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, laid_out_like, look_up
 from pysteer.ops.registry import Case, OpSpec, activation, tables
@@ -56,27 +56,20 @@ def _run(
 ) -> Tensor:
     if launch.backend == "reference":
         return out.copy_(affine_shift_reference(x, gain, bias, slot, strength, clock, span, channel_dim=channel_dim))
-    tensors = (
-        packed(gain),
-        packed(bias),
-        packed(slot),
-        packed(strength),
-        clock,
-        None if span is None else packed(span),
-    )
+    tensors = packed(gain, bias, slot, strength, clock, span)
     if launch.backend == "triton":
         with on_device(x):
             backends.load_kernels("affine_shift").launch(out, x, *tensors, launch.source, launch.target)
         return out
     sizes = (*launch.shape, gain.shape[0], *slot.shape, DTYPE_CODES[x.dtype])
-    addresses = (x.data_ptr(), out.data_ptr(), *map(address, tensors))
+    places = addresses(x, out, *tensors)
     if launch.backend == "cpu":
-        status = backends.extension().affine_shift(*addresses, *sizes, torch.get_num_threads())
+        status = backends.extension().affine_shift(*places, *sizes, torch.get_num_threads())
         if status:
             raise_for(status, slot, clock, gain.shape[0])
     else:
         with on_device(x):
-            backends.extension().affine_shift_cuda(*addresses, *sizes, stream_of(x))
+            backends.extension().affine_shift_cuda(*places, *sizes, stream_of(x))
     return out
 
 

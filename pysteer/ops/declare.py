@@ -53,7 +53,11 @@ def plain_torch_needed(*parameters: Tensor) -> bool:
     """
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    if torch.is_grad_enabled():
+        for parameter in parameters:
+            if parameter.requires_grad:
+                return True
+    return False
 
 
 def has_memory(x: Tensor) -> bool:
@@ -70,8 +74,3 @@ def refuse_out(x: Tensor) -> None:
     raise InputError(
         "out", value=f"x of {list(x.shape)} requires grad", allowed="tensors without grad", fix="leave out= away"
     )
-
-
-def packed(tensor: Tensor) -> Tensor:
-    """Return the tensor itself where it is contiguous, else a contiguous copy."""
-    return tensor if tensor.is_contiguous() else tensor.contiguous()

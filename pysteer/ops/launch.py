@@ -44,21 +44,28 @@ def choose(op: str, x: Tensor, out: Tensor, channel_dim: int, serves: Callable[[
     names = backends.choices(x.device.type)
     if not names or x.dtype not in DTYPE_CODES:
         return _REFERENCE
-    name = next((each for each in names if backends.provides(each, op) and (serves is None or serves(each))), None)
-    if name is None or x.numel() == 0:
+    for name in names:
+        if backends.provides(name, op) and (serves is None or serves(name)):
+            break
+    else:
         return _REFERENCE
     a = frame_of(x, channel_dim)
     b = a if out is x else frame_of(out, channel_dim)
-    if a is None or b is None or overlapping(b):
+    if a is None or b is None or 0 in a[:3] or (0 in b[3:] and overlapping(b)):
         return _REFERENCE
     by_token = a.width == 1 or (a.channel_stride == 1 and b.channel_stride == 1)
     by_channel = a.tokens == 1 or (a.token_stride == 1 and b.token_stride == 1)
     return Launch(name, a, b) if by_token or by_channel else _REFERENCE
 
 
-def address(tensor: Tensor | None) -> int:
-    """Return where the tensor lies, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def packed(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors, with contiguous copies in place of those that are not contiguous."""
+    return [each if each is None or each.is_contiguous() else each.contiguous() for each in tensors]
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """Return where the tensors lie, 0 for None; the caller keeps them alive."""
+    return [0 if each is None else each.data_ptr() for each in tensors]
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

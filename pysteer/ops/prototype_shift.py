@@ -12,8 +12,8 @@ from torch import Tensor
 from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, has_memory, packed, plain_torch_needed, refuse_out
-from pysteer.ops.launch import Launch, address, choose, on_device, raise_for, stream_of
+from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, close_scores, full_precision, laid_out_like, look_up
 from pysteer.ops.registry import Case, OpSpec, activation, tables
@@ -97,21 +97,20 @@ def _run(
     if launch.backend == "reference":
         table = (slot, strength, clock, span)
         return out.copy_(_in_plain_torch(x, weight, offset, delta, *table, pull, temperature, normalize, channel_dim))
-    banks = (packed(weight), packed(offset), packed(delta))
-    tensors = (*banks, packed(slot), packed(strength), clock, None if span is None else packed(span))
+    tensors = packed(weight, offset, delta, slot, strength, clock, span)
     if launch.backend == "triton":
         with on_device(x):
             backends.load_kernels("prototype_shift").launch(out, x, *tensors, pull, launch.source, launch.target)
         return out
     sizes = (*launch.shape, *weight.shape[:2], *slot.shape, int(pull), DTYPE_CODES[x.dtype])
-    addresses = (x.data_ptr(), out.data_ptr(), *map(address, tensors))
+    places = addresses(x, out, *tensors)
     if launch.backend == "cpu":
-        status = backends.extension().prototype_shift(*addresses, *sizes, torch.get_num_threads())
+        status = backends.extension().prototype_shift(*places, *sizes, torch.get_num_threads())
         if status:
             raise_for(status, slot, clock, weight.shape[0])
     else:
         with on_device(x):
-            backends.extension().prototype_shift_cuda(*addresses, *sizes, stream_of(x))
+            backends.extension().prototype_shift_cuda(*places, *sizes, stream_of(x))
     return out
 
 

@@ -1,26 +1,29 @@
 """The ops on a GPU: every backend against fp64, captured graphs, bad tables that come out as NaN."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from checking import DTYPES, ENTRIES, IDS, SHAPES, check
 
-from pysteer.ops import Case, backend, get, specs
+from pysteer.ops import Case, backend, backend_status, get, specs
 
 pytestmark = pytest.mark.gpu
 
 each_entry = pytest.mark.parametrize(("op", "variant", "sizes"), ENTRIES, ids=IDS)
 
 
+FEW = ((5, 63, 257), (3, 70, 64))  # Triton compiles for each
+
+
 @each_entry
 @pytest.mark.parametrize("name", [None, "triton", "cuda"])
-@pytest.mark.parametrize("layout", ["tokens", "channels_first", "channels_last"])
+@pytest.mark.parametrize("layout", ["tokens", "channels_first"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_agrees_with_fp64(
     op: str, variant: str, sizes: dict[str, int], dtype: torch.dtype, layout: str, name: str | None
 ) -> None:
-    for index, (rows, tokens, width) in enumerate(SHAPES):
+    if name and not backend_status()[name].live:
+        pytest.skip(backend_status()[name].reason)
+    for index, (rows, tokens, width) in enumerate(SHAPES if name == "cuda" else FEW):
         case = Case(rows, tokens, width, dtype, layout, span=index % 2 == 1, device="cuda", sizes=sizes, seed=index)
         check(op, variant, case, backend_name=name)
 
@@ -45,6 +48,8 @@ def test_a_captured_graph_sees_changes(op: str) -> None:
 @pytest.mark.parametrize("op", [name for name, spec in specs().items() if spec.backends])
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_rows_outside_the_bank_are_nan(op: str, name: str) -> None:
+    if not backend_status()[name].live:
+        pytest.skip(backend_status()[name].reason)
     spec = get(op)
     inputs = spec.make_inputs(Case(4, 16, 64, strength="one", device="cuda"))
     inputs["slot"][:, 1], inputs["slot"][:, 2] = 99, -3
@@ -57,7 +62,7 @@ def test_rows_outside_the_bank_are_nan(op: str, name: str) -> None:
 @pytest.mark.parametrize("op", list(specs()))
 def test_no_call_waits_for_the_device(op: str) -> None:
     spec = get(op)
-    inputs = spec.make_inputs(replace(Case(4, 16, 64, device="cuda"), strength="mixed"))
+    inputs = spec.make_inputs(Case(4, 16, 64, device="cuda"))
     spec.function(**inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
