@@ -58,7 +58,7 @@ def rows_of(folder):
 
 def test_a_run_leaves_everything_and_continues(tmp_path, generator):
     before = {key: value.clone() for key, value in generator.pipe.transformer.state_dict().items()}
-    folder, summary, log = start(tmp_path, "pairs=red->blue")
+    folder, summary, log = start(tmp_path, "pairs=red->blue", "gate=false")
     settings = {"baseline", "swap", "text", "visual", "mean_ffn", "random_text", "shuffled_text", "random_visual",
                 "shuffled_visual"}  # fmt: skip
     assert settings < {path.stem for path in (folder / "images" / "red-to-blue").glob("*.png")}
@@ -73,8 +73,8 @@ def test_a_run_leaves_everything_and_continues(tmp_path, generator):
     html = (folder / "report.html").read_text()
     assert "red to blue" in html
     assert "<script" not in html
-    changed = [row for row in rows if row["setting"] == "visual" and row["part"] == "headline" and row["gate_open"]]
-    assert any(row["change_outside"] for row in changed)
+    images = folder / "images" / "red-to-blue"
+    assert (images / "visual.png").read_bytes() != (images / "baseline.png").read_bytes()
     after = generator.pipe.transformer.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -84,7 +84,7 @@ def test_a_run_leaves_everything_and_continues(tmp_path, generator):
         generator.pipe.__class__.__call__,
     )
     try:
-        again = start(tmp_path, "pairs=red->blue")
+        again = start(tmp_path, "pairs=red->blue", "gate=false")
     finally:
         generator.pipe.__class__.__call__ = original
     assert not called
@@ -122,10 +122,12 @@ def test_gate_leaves_closed_prompts_alone(tmp_path, generator, monkeypatch):
 
 def test_without_a_judge_the_images_are_still_made(tmp_path, generator, monkeypatch):
     monkeypatch.setattr(module, "find_judge", lambda config, pair: None)
-    folder, summary, _ = start(tmp_path, "pairs=red->blue", "controls=false", "steering_type=TEXT")
+    words = ("pairs=red->blue", "controls=false", "steering_type=TEXT", "gate=false", "strength=3")
+    folder, summary, _ = start(tmp_path, *words)
     assert summary.best == {}
     assert "not measured" in (folder / "report.html").read_text()
-    assert any(row["change_outside"] for row in rows_of(folder))
+    images = folder / "images" / "red-to-blue"
+    assert (images / "text.png").read_bytes() != (images / "baseline.png").read_bytes()
 
 
 @pytest.mark.parametrize("location", ["ffn", "ca", "ca_block", "sa", "pooled"])

@@ -29,7 +29,7 @@ class PrototypeConfig:
         method: how the visual and text shifts are fitted.
         distance: distance to the prototypes.
         clusters: prototypes per site and scale.
-        sequential: fit a site with the earlier ones steered; auto does so where sites feed each other (`ca_block`).
+        sequential: fit a site with the earlier ones steered; auto does so at `ca` and `ca_block`.
         scales: scales of the visual steering: auto (the last two at `ca_block`, otherwise all), all, `3-4`, `0+2`.
         layers: layers of the visual steering: all, `0-2`, `3+5`.
         strength: strength of the headline figures (1 moves a token by its fitted shift).
@@ -60,7 +60,7 @@ class PrototypeConfig:
     infinity: str = "infinity-shapes"
     dataset: Literal["shapes_colors", "dogs_cats"] = "shapes_colors"
     dataset_path: str = ""
-    pairs: tuple[str, ...] = ("circle->square", "red->blue", "star->ring")
+    pairs: tuple[str, ...] = ("circle->square", "red->blue", "green->pink")
     variant: Literal[0, 1] = 1
     steering_type: Literal["EACH", "TEXT", "VISUAL", "BOTH"] = "EACH"
     steering_location: Location = "auto"
@@ -68,7 +68,7 @@ class PrototypeConfig:
     layers_text: str = "output"
     method: Literal["prototype", "mean_difference"] = "prototype"
     distance: Literal["EUCLIDEAN", "MAHALANOBIS"] = "EUCLIDEAN"
-    clusters: int = 64
+    clusters: int = 256
     sequential: Literal["auto"] | bool = "auto"
     scales: str = "auto"
     layers: str = "all"
@@ -144,7 +144,7 @@ class PrototypeConfig:
 
     def is_sequential(self, attribute: str) -> bool:
         """Whether the sites are fitted one after the other."""
-        return self.location(attribute) == "ca_block" if self.sequential == "auto" else bool(self.sequential)
+        return self.location(attribute) in ("ca", "ca_block") if self.sequential == "auto" else bool(self.sequential)
 
     def scale_text(self, attribute: str, count: int) -> str:
         """The scales of the visual steering as a subset of `count` scales."""

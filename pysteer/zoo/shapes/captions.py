@@ -66,7 +66,7 @@ RADIUS = {"small": (9, 11), "medium": (13, 15), "large": (18, 21)}
 REACH = {"small": 2, "medium": 1, "large": 1}
 STEP = 8
 JITTER = 1
-STATED = {"size": 0.60, "colour": 0.95, "position": 0.40, "background": 0.85}
+STATED = {"size": 0.60, "colour": 0.95, "position": 0.80, "background": 0.85}
 MAX_TOKENS = 20
 _STEP_OF = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
 
