@@ -19,7 +19,7 @@ from pysteer.models.infinity.bsq import MultiScaleBSQ
 from pysteer.models.infinity.config import InfinityConfig
 from pysteer.models.infinity.pipeline import InfinityPipeline
 from pysteer.models.infinity.transformer import Infinity, TextCondition
-from pysteer.zoo.shapes.captions import MAX_TOKENS, build_text_tokenizer, captions_of, vocabulary
+from pysteer.zoo.shapes.captions import MAX_TOKENS, STATED, build_text_tokenizer, captions_of, vocabulary
 from pysteer.zoo.shapes.tokenizer import ShapeTokenizer
 from zoo_infinity.common import (
     Average,
@@ -257,5 +257,5 @@ def export(
 def write_record(arguments: argparse.Namespace, out: Path, history: list[dict], seconds: float) -> None:
     """How these weights were trained, for the model card."""
     settings = {k: v for k, v in vars(arguments).items() if isinstance(v, (int, float, str)) and k != "stage"}
-    record = {"settings": settings, "history": history, "seconds": seconds, **machine()}
+    record = {"settings": settings, "history": history, "seconds": seconds, "captions": STATED, **machine()}
     write_json(out / "transformer" / "training.json", record)

@@ -98,6 +98,7 @@ def test_model_card_holds_the_measured_figures(classifier, tmp_path):
     history = [{"step": 10, "validation_loss_per_scale": [0.5, 0.3], "seconds": 1.0}]
     settings = {"steps": 4321, "batch": 7, "lr": 0.001, "flip": 0.1}
     transformer = {"settings": settings, "history": history, "seconds": 12.6, "torch": "2", "cuda": False}
+    transformer["captions"] = {"position": 0.4}
     write_json(tmp_path / "transformer" / "training.json", transformer)
     text = write_card(tmp_path, zoo.FOLDER / "shapes-classifier").read_text()
     assert percent(found.results["overall"]["shape"]) in text

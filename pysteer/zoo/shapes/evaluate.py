@@ -92,7 +92,7 @@ def _group(rows: Tensor, right: dict[str, Tensor], stated: dict[str, Tensor]) ->
 def summarise(
     scenes: Sequence[Scene], verdict: Verdict, right: dict[str, Tensor], stated: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """Rates with Wilson intervals: overall, by stated size, by shape, and how often no shape was recognised."""
+    """Rates with Wilson intervals: overall, by stated size, shape and position, and how often no shape was seen."""
     everything = torch.ones(len(scenes), dtype=torch.bool)
     size = {word: torch.tensor([s.size == word and "size" in s.stated for s in scenes]) for word in SIZES}
     shape = {word: torch.tensor([s.shape == word for s in scenes]) for word in SHAPES}
@@ -101,6 +101,10 @@ def summarise(
         "overall": _group(everything, right, stated),
         "by_stated_size": {word: _group(rows, right, stated) for word, rows in size.items()},
         "by_shape": {word: _group(rows, right, stated) for word, rows in shape.items()},
+        "by_position": {
+            "position stated": _group(stated["position"], right, stated),
+            "position left open": _group(~stated["position"], right, stated),
+        },
         "no_shape_recognised": rate(torch.tensor([word == NONE for word in verdict.labels["shape"]])).as_dict(),
     }
 
