@@ -65,7 +65,7 @@ note machine ok "$("$python" -c 'import torch; print(torch.cuda.get_device_name(
 # The package stands in a folder of its own with the extension beside it; the checkout stays as it is.
 mkdir -p "$work/site" && cp -rL "$root/pysteer" "$work/site/pysteer"
 rm -f "$work"/site/pysteer/_C*.so
-export PYTHONPATH="$work/site:$root"
+export PYTHONPATH="$work/site:$root:$root/tests/ops"
 if [ -n "$wheels" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/extra" "$wheels"/*.whl \
         >"$out/wheels.log" 2>&1 || note wheels failed "see wheels.log"
