@@ -1,6 +1,6 @@
 """What is measured: shapes of every op, and the bytes and operations that no implementation can do without.
 
-A new op gets a cost in `COSTS` and rows in `ROWS`.
+An op that is not named here is measured at a standard shape, by the bytes of its activation alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pysteer.ops import Case
+from pysteer.ops import Case, specs
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -52,11 +52,15 @@ def copied(case: Case) -> int:
     return 2 * elements(case) * case.dtype.itemsize
 
 
-# Floors per call: bytes moved, operations.
-COSTS: dict[str, Callable[[Case], tuple[int, int]]] = {
-    "affine_shift": lambda case: (copied(case), 2 * elements(case)),
-    "prototype_shift": lambda case: (copied(case), 2 * elements(case) * case.sizes.get("prototypes", 8)),
+OPERATIONS: dict[str, Callable[[Case], int]] = {
+    "affine_shift": lambda case: 2 * elements(case),
+    "prototype_shift": lambda case: 2 * elements(case) * case.sizes.get("prototypes", 8),
 }
+
+
+def cost(row: Row) -> tuple[int, int]:
+    """Floors per call: bytes moved, and operations where they are known (else 0)."""
+    return copied(row.case), OPERATIONS.get(row.op, lambda case: 0)(row.case)
 
 
 def _prototypes(rows: int, tokens: int, width: int, dtype: torch.dtype, count: int) -> Case:
@@ -82,4 +86,10 @@ ROWS = [
     Row("prototype_shift", _prototypes(16, 4096, 2048, BF16, 16), GPU, "hard"),
     Row("prototype_shift", _prototypes(16, 4096, 2048, BF16, 64), GPU, "hard"),
     Row("prototype_shift", _prototypes(16, 4096, 2048, BF16, 256), GPU, "hard"),
+]
+_NAMED = {row.op for row in ROWS}
+ROWS += [
+    Row(name, Case(2, 512, 1024, BF16, strength="one", sizes=spec.sizes[0]), BOTH, next(iter(spec.variants)))
+    for name, spec in specs().items()
+    if name not in _NAMED
 ]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.record import append, machine, stored
-from bench.registry import COSTS, ROWS, Row
+from bench.registry import ROWS, Row, cost
 from pysteer.files import write_json
 from pysteer.ops import OpSpec, backend, backend_status, get
 
@@ -130,7 +130,7 @@ def contenders(row: Row, device: str, names: list[str | None]) -> list[Contender
 
 def measure(row: Row, device: str, rounds: int, forced: list[str | None]) -> dict[str, Any]:
     """Check and time one row."""
-    moved, operations = COSTS[row.op](row.case)
+    moved, operations = cost(row)
     result: dict[str, Any] = {"op": row.op, "shape": row.title, "device": device, "bytes": moved, "flops": operations}
     problems = {name or "automatic": check(row, device, name) for name in forced}
     result["wrong"] = {name: problem for name, problem in problems.items() if problem}

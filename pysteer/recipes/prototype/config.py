@@ -76,7 +76,7 @@ class PrototypeConfig:
     strengths: tuple[float, ...] = field(default=(0.0, 0.5, 0.75, 1.0, 1.25, 1.5))
     both_strength: Literal["auto"] | float = "auto"
     prompts: int = 304
-    dose_prompts: int = 96
+    dose_prompts: int = 64
     other_prompts: int = 96
     fit_pairs: int = 192
     gate_prompts: int = 768
