@@ -1,7 +1,7 @@
 // affine_shift on CUDA: y = a x + c with a = 1 + s (g - 1) and c = s b, one read and one write of the activation.
 //
-// Channels next to each other: a thread keeps a and c of its channels in registers and walks over tokens. Tokens next to
-// each other: a thread takes packs of tokens, each within one channel.
+// Channels next to each other: a thread keeps a and c of its channels in registers and walks over tokens. Tokens next
+// to each other: a thread takes packs of tokens, each within one channel.
 
 #include "affine_shift.h"
 

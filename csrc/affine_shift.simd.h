@@ -70,7 +70,8 @@ void affine_plane(const T* x, T* y, std::int64_t tokens, float gain, float bias,
     std::int64_t t = 0;
     Vec v0, v1;
     if (streaming) {
-        for (; t < tokens && !aligned_for_streams(y + t, 0); ++t) y[t] = from_float<T>(fma1(scale, to_float(x[t]), shift));
+        for (; t < tokens && !aligned_for_streams(y + t, 0); ++t)
+            y[t] = from_float<T>(fma1(scale, to_float(x[t]), shift));
         for (; t + 2 * kLanes <= tokens; t += 2 * kLanes) {
             load2(x + t, v0, v1);
             put2<T, true>(y + t, fma(a, v0, c), fma(a, v1, c));

@@ -43,8 +43,13 @@ struct PrototypeShift {
 
     PrototypeSet set_of(const Row& row) const {
         const std::int64_t bank = row.set * prototypes;
-        return {weight + bank * frame.width, offset + bank, delta + bank * frame.width, frame.width,
-                prototypes,                  row.strength,  pull};
+        return {weight + bank * frame.width,
+                offset + bank,
+                delta + bank * frame.width,
+                frame.width,
+                prototypes,
+                row.strength,
+                pull};
     }
 };
 
@@ -94,11 +99,10 @@ void run(std::uintptr_t x_address, std::uintptr_t y_address, const PrototypeShif
 
 int prototype_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, std::uintptr_t offset,
                     std::uintptr_t delta, std::uintptr_t slot, std::uintptr_t strength, std::uintptr_t clock,
-                    std::uintptr_t span, std::int64_t rows, std::int64_t tokens, std::int64_t width,
-                    std::int64_t x_row, std::int64_t x_token, std::int64_t x_channel, std::int64_t y_row,
-                    std::int64_t y_token, std::int64_t y_channel, std::int64_t sets, std::int64_t prototypes,
-                    std::int64_t steps, std::int64_t capacity, std::int64_t pull, std::int64_t dtype,
-                    std::int64_t threads) {
+                    std::uintptr_t span, std::int64_t rows, std::int64_t tokens, std::int64_t width, std::int64_t x_row,
+                    std::int64_t x_token, std::int64_t x_channel, std::int64_t y_row, std::int64_t y_token,
+                    std::int64_t y_channel, std::int64_t sets, std::int64_t prototypes, std::int64_t steps,
+                    std::int64_t capacity, std::int64_t pull, std::int64_t dtype, std::int64_t threads) {
     const py::gil_scoped_release release;
     PrototypeShift op;
     op.frame = {rows, tokens, width, x_row, x_token, x_channel, y_row, y_token, y_channel};

@@ -163,8 +163,8 @@ void choose(std::uintptr_t x_address, std::uintptr_t y_address, const Call& call
     T* y = reinterpret_cast<T*>(y_address);
     const Frame& f = call.frame;
     const bool packed = f.x_channel == 1 && f.y_channel == 1 &&
-                        (f.width | f.x_token | f.y_token | f.x_row | f.y_row) % kPack == 0 && aligned(x) && aligned(y) &&
-                        aligned(call.weight) && aligned(call.delta);
+                        (f.width | f.x_token | f.y_token | f.x_row | f.y_row) % kPack == 0 && aligned(x) &&
+                        aligned(y) && aligned(call.weight) && aligned(call.delta);
     const std::int64_t chunk = kWarps * kTokens;
     const unsigned blocks = unsigned(f.rows * ((f.tokens + chunk - 1) / chunk));
     if (packed) {

@@ -103,8 +103,8 @@ inline const float* as_floats(const float* x, std::int64_t stride, std::int64_t,
 }
 
 template <class T>
-inline const float* as_floats(const T* x, std::int64_t stride, std::int64_t tokens, std::int64_t width,
-                              float* scratch, std::int64_t* scratch_stride) {
+inline const float* as_floats(const T* x, std::int64_t stride, std::int64_t tokens, std::int64_t width, float* scratch,
+                              std::int64_t* scratch_stride) {
     for (std::int64_t t = 0; t < tokens; ++t) {
         const T* from = x + t * stride;
         float* to = scratch + t * width;

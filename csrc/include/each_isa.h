@@ -31,8 +31,8 @@
 #if defined(__clang__)
 #define PYSTEER_TARGET_AVX2 \
     _Pragma("clang attribute push(__attribute__((target(\"avx2,fma,f16c\"))), apply_to = function)")
-#define PYSTEER_TARGET_AVX512                                                                                     \
-    _Pragma(                                                                                                      \
+#define PYSTEER_TARGET_AVX512                                                                                  \
+    _Pragma(                                                                                                   \
         "clang attribute push(__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\"))), " \
         "apply_to = function)")
 #define PYSTEER_TARGET_AVX512_BF16                                                                              \
@@ -45,9 +45,8 @@
 #define PYSTEER_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
 #define PYSTEER_TARGET_AVX512 \
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\")")
-#define PYSTEER_TARGET_AVX512_BF16    \
-    _Pragma("GCC push_options") _Pragma( \
-        "GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
+#define PYSTEER_TARGET_AVX512_BF16 \
+    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
 #define PYSTEER_TARGET_END _Pragma("GCC pop_options")
 #endif
 
@@ -105,10 +104,10 @@ int isa_level() {
 }  // namespace pysteer
 
 #ifdef PYSTEER_X86
-#define PYSTEER_PICK(name)                                    \
+#define PYSTEER_PICK(name)                                            \
     (::pysteer::isa_level() == 4   ? ::pysteer::isa_avx512_bf16::name \
-     : ::pysteer::isa_level() == 3 ? ::pysteer::isa_avx512::name \
-     : ::pysteer::isa_level() == 2 ? ::pysteer::isa_avx2::name   \
+     : ::pysteer::isa_level() == 3 ? ::pysteer::isa_avx512::name      \
+     : ::pysteer::isa_level() == 2 ? ::pysteer::isa_avx2::name        \
                                    : ::pysteer::isa_base::name)
 #else
 #define PYSTEER_PICK(name) ::pysteer::isa_base::name
