@@ -41,6 +41,8 @@ class PrototypeConfig:
         fit_pairs: prompt pairs the shifts are fitted on.
         gate_prompts: prompts of the source class, and as many of the others, that the row gate is fitted on.
         gate: steer only the prompts that the row gate takes for the source class.
+        gate_threshold: probability of the source class from which on the gate is open; one class among several needs
+            less than one half.
         controls: run the controls.
         mean_strength: strength of the control `mean shift at ffn`.
         cfg: guidance; empty takes the generator's own setting.
@@ -81,6 +83,7 @@ class PrototypeConfig:
     fit_pairs: int = 192
     gate_prompts: int = 768
     gate: bool = True
+    gate_threshold: float = 0.1
     controls: bool = True
     mean_strength: float = 4.0
     cfg: float | None = None

@@ -157,7 +157,8 @@ class PairExperiment:
 
     def _row_gate(self) -> RowGate:
         pooled = self.painter.pooled
-        return RowGate.fit(pooled(self.data.gate), [pooled(group) for group in self.data.others.values()])
+        others = [pooled(group) for group in self.data.others.values()]
+        return RowGate.fit(pooled(self.data.gate), others, threshold=self.config.gate_threshold)
 
     def _images(
         self,
