@@ -106,7 +106,7 @@ def test_same_seed_same_images_and_another_seed_others(tmp_path, generator):
 def test_gate_leaves_closed_prompts_alone(tmp_path, generator, monkeypatch):
     class Closed:
         @classmethod
-        def fit(cls, source, others):
+        def fit(cls, source, others, threshold):
             return lambda pooled: (torch.arange(len(pooled)) % 2).float()
 
     monkeypatch.setattr("pysteer.recipes.prototype.experiment.RowGate", Closed)
