@@ -25,6 +25,7 @@ from pysteer.steering import Plan, SiteParameters
 from pysteer.zoo.shapes.captions import captions_of, sample_scenes
 
 PROTOTYPES = 64
+UNSTEERED_AGAIN = "unsteered, a second copy (what the noise does to a ratio)"
 
 
 def mean_shift(site: str, steps: tuple[int, ...], width: int, generator: torch.Generator) -> SiteParameters:
@@ -56,6 +57,7 @@ def plans(pipe: InfinityPipeline) -> dict[str, Plan | None]:
 
     return {
         "unsteered": None,
+        UNSTEERED_AGAIN: None,
         "mean shift, ffn and ca, all layers and scales": build(mean_shift, ["ffn", "ca"], every),
         f"{PROTOTYPES} prototypes, ca, all layers and scales": build(prototypes, ["ca"], every),
         f"{PROTOTYPES} prototypes, ca_block, last two scales": build(prototypes, ["ca_block"], last),

@@ -116,10 +116,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
 
 
 class KeyValueCache:
-    """Static cache of one self-attention: ``k, v [R, H, capacity, d]``; ``write`` returns the filled prefix."""
+    """Static cache of one self-attention: ``k, v [R, H, > tokens, d]``; ``write`` returns the filled prefix."""
 
-    def __init__(self, rows: int, capacity: int, config: InfinityConfig, like: Tensor) -> None:
-        shape = (rows, config.heads, capacity, config.head_dim)
+    def __init__(self, rows: int, tokens: int, config: InfinityConfig, like: Tensor) -> None:
+        # One token more than is ever filled: where a prefix could be the whole buffer, the compiler specialises the
+        # last scale on it and then fails on the strides of a start it can no longer solve for.
+        shape = (rows, config.heads, tokens + 1, config.head_dim)
         self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.v = torch.zeros(shape, dtype=like.dtype, device=like.device)
 
