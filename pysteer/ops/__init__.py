@@ -5,8 +5,10 @@ function, not for the module of the same name. Type checkers prefer `from pystee
 """
 
 from pysteer.ops.backends import BackendStatus, backend, backend_status
-from pysteer.ops.registry import Case, OpSpec, get, specs
+from pysteer.ops.registry import Case, OpSpec, SteeringSpec, get, specs, steering_specs
 
 globals().update({spec.name: spec.function for spec in specs().values()})
 
-__all__ = ["BackendStatus", "Case", "OpSpec", "backend", "backend_status", "get", "specs"]
+__all__ = [
+    "BackendStatus", "Case", "OpSpec", "SteeringSpec", "backend", "backend_status", "get", "specs", "steering_specs",
+]  # fmt: skip

@@ -14,7 +14,7 @@ from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, laid_out_like, look_up
-from pysteer.ops.registry import Case, OpSpec, activation, tables
+from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
 _SCHEMA = (
     "(Tensor x, Tensor gain, Tensor bias, Tensor slot, Tensor strength, Tensor clock, Tensor? span, int channel_dim)"
@@ -177,7 +177,7 @@ def _implementation(x: Tensor, out: Tensor | None = None, channel_dim: int = -1,
 
 
 _ALL = "fp32, bf16, fp16 in all layouts with channels or tokens next to each other"
-SPEC = OpSpec(
+SPEC = SteeringSpec(
     name="affine_shift",
     function=affine_shift,
     reference=affine_shift_reference,

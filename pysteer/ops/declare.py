@@ -1,8 +1,8 @@
 """Registration of ops with torch, and when an op must leave the work to plain torch.
 
-Every op is registered twice: `pysteer::<op>` without autograd, which costs 2-3 us a call, and `pysteer::<op>_ad` with
-it; the public function picks one in Python. An op without an autograd formula would otherwise give no gradient under
-torch.compile, silently.
+An op with a gradient is registered twice: `pysteer::<op>` without autograd, which costs 2-3 us a call, and
+`pysteer::<op>_ad` with it; the public function picks one in Python. An op without an autograd formula would otherwise
+give no gradient under torch.compile, silently.
 """
 
 from collections.abc import Callable
@@ -25,25 +25,29 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 def declare(
     name: str,
     schema: str,
-    forward: Callable[..., Tensor],
+    forward: Callable[..., Any],
     *,
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Register an op whose result is like its first argument; return the plain and the differentiable op.
+    fake: Callable[..., Any] = _fake,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Register an op; return the plain and the differentiable operator, twice the plain one without a backward.
 
     Args:
         name: of the op.
-        schema: arguments and result, `(Tensor x, ...) -> Tensor`.
-        forward: the implementation for all devices; returns a fresh tensor with the strides of `torch.empty_like(x)`.
+        schema: arguments and result, such as `(Tensor x, ...) -> Tensor`.
+        forward: the implementation for all devices; returns fresh tensors with the strides that `fake` gives.
+        fake: the result's shapes and strides; left out, those of `torch.empty_like` of the first argument.
         setup_context, backward: as for `torch.library.register_autograd`.
     """
-    for each in (name, f"{name}_ad"):
+    names = [name] if backward is None else [name, f"{name}_ad"]
+    for each in names:
         _LIBRARY.define(f"{each}{schema}")
         _LIBRARY.impl(each, forward, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"pysteer::{each}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"pysteer::{name}_ad", backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(torch.ops.pysteer, name).default, getattr(torch.ops.pysteer, f"{name}_ad").default
+        torch.library.register_fake(f"pysteer::{each}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"pysteer::{name}_ad", backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.pysteer, names[0]).default, getattr(torch.ops.pysteer, names[-1]).default
 
 
 def plain_torch_needed(*parameters: Tensor) -> bool:

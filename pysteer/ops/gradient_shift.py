@@ -12,7 +12,7 @@ from torch import Tensor
 from pysteer.errors import InputError
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.lookup import active_tokens, close_scores, full_precision, laid_out_like, look_up
-from pysteer.ops.registry import Case, OpSpec, activation, tables
+from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
 _NORMALIZE = ("none", "unit", "input")
 
@@ -147,7 +147,7 @@ def _unsure(x: Tensor, weight: Tensor, offset: Tensor, target: Tensor, **inputs:
     return close_scores(x, weight, offset, *table) | close_scores(x, weight, aimed, *table)
 
 
-SPEC = OpSpec(
+SPEC = SteeringSpec(
     name="gradient_shift",
     function=gradient_shift,
     reference=gradient_shift_reference,

@@ -16,7 +16,7 @@ from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, close_scores, full_precision, laid_out_like, look_up
-from pysteer.ops.registry import Case, OpSpec, activation, tables
+from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor offset, Tensor delta, Tensor slot, Tensor strength, Tensor clock, Tensor? span,"
@@ -203,8 +203,10 @@ def _dispatch(x: Tensor, out: Tensor | None, *arguments: Any) -> Tensor:
     weight, offset, delta, _, strength, _, _, _, temperature, normalize, _ = arguments
     compiling = torch.compiler.is_compiling()
     wants_grad = x.requires_grad and torch.is_grad_enabled()
+    # In a graph for the CPU the kernel saves copying the banks of every row; what it does not serve is better fused.
+    kernel = temperature == 0 and normalize == "none" and weight.shape[1] <= _LARGEST_K
     if (
-        (compiling and x.device.type == "cpu")
+        (compiling and x.device.type == "cpu" and not (kernel and "cpu" in backends.choices("cpu")))
         or (wants_grad and (temperature > 0 or normalize != "none"))
         or plain_torch_needed(weight, offset, delta, strength)
     ):
@@ -254,7 +256,7 @@ def _unsure(x: Tensor, **inputs: Any) -> Tensor:
 
 
 _HARD = "temperature 0, no normalisation, K <= 256; fp32, bf16, fp16, channels or tokens next to each other"
-SPEC = OpSpec(
+SPEC = SteeringSpec(
     name="prototype_shift",
     function=prototype_shift,
     reference=prototype_shift_reference,
@@ -270,5 +272,6 @@ SPEC = OpSpec(
         "pull-input": {"normalize": "input", "pull": True},
     },
     unsure=_unsure,
+    defaults={"pull": False, "temperature": 0.0, "normalize": "none"},
     sizes=({"prototypes": 5}, {"prototypes": 1}, {"prototypes": 64}),
 )

@@ -1,6 +1,6 @@
 """What is known about every op, found by looking at the files of this folder.
 
-A file `pysteer/ops/<op>.py` takes part by defining `SPEC`, an `OpSpec`. Tests and benchmarks take
+A file `pysteer/ops/<op>.py` takes part by defining `SPEC`, an `OpSpec` or a `SteeringSpec`. Tests and benchmarks take
 their parameters from here.
 """
 
@@ -50,43 +50,73 @@ class Case:
     seed: int = 0
 
 
-def _never(x: Tensor, **_: Any) -> Tensor:
-    return torch.zeros((), dtype=torch.bool, device=x.device)
-
-
 @dataclass(frozen=True)
 class OpSpec:
     """One op as the tests and benchmarks see it.
 
     Attributes:
         name: of the op, its files and its functions.
-        function: the public function, `function(x, *banks, slot, strength, clock, span=None, *, ..., out=None)`.
-        reference: the same in plain torch, without `out`; defines the result.
+        function: the public function; its first argument is the activation (or the first of its inputs), options
+            are keywords. Returns a tensor or a tuple of tensors, all fresh.
+        reference: the same in plain torch; defines the result. Computes in fp64 where the `wide` inputs are fp64.
         make_inputs: builds the keyword arguments of `function` for a case.
         implementation: name of the backend that `function` would use for these keyword arguments now.
         backends: for every backend what it serves, in words; the rest falls to the reference.
         variants: sets of options to test, each with a short name.
         sizes: further sizes to test, for instance numbers of prototypes.
-        gradients: arguments that the op differentiates itself (all others go through the reference).
-        unsure: from the keyword arguments, a mask that broadcasts against `x`: where rounding decides between two
-            choices, so that two right implementations may differ.
+        gradients: inputs that the op differentiates itself (all others go through the reference); none: the op has
+            no gradient, and says so where one is asked for.
+        defaults: values of the arguments of the registered operator that `make_inputs` leaves out.
+        wide: inputs that are given in fp64 to compute the truth.
+        layouts: those of `LAYOUTS` that the op takes.
+        compare: asserts that `result` is right, from `(result, truth, inputs, limit)` with `truth` in fp64 and `limit`
+            a row of the table of tolerances; left out, every element of every tensor is held against `limit`.
     """
 
     name: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
     make_inputs: Callable[[Case], dict[str, Any]]
     implementation: Callable[..., str]
     backends: Mapping[str, str]
     variants: Mapping[str, Mapping[str, Any]]
     sizes: tuple[Mapping[str, int], ...] = ({},)
+    gradients: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    wide: tuple[str, ...] = ("x",)
+    layouts: tuple[str, ...] = LAYOUTS
+    compare: Callable[[Any, Any, dict[str, Any], Any], None] | None = None
+
+
+def _never(x: Tensor, **_: Any) -> Tensor:
+    return torch.zeros((), dtype=torch.bool, device=x.device)
+
+
+@dataclass(frozen=True)
+class SteeringSpec(OpSpec):
+    """An op that changes an activation as the steering table says: its result is like `x`.
+
+    `function(x, *banks, slot, strength, clock, span=None, *, ..., out=None)`; rows and tokens that the table leaves
+    alone come back bit for bit.
+
+    Attributes:
+        unsure: from the keyword arguments, a mask that broadcasts against `x`: where rounding decides between two
+            choices, so that two right implementations may differ.
+    """
+
     gradients: tuple[str, ...] = ("x",)
     unsure: Callable[..., Tensor] = _never
 
 
 @cache
+def steering_specs() -> dict[str, SteeringSpec]:
+    """Return the specs of the ops that steer, by name."""
+    return {name: spec for name, spec in specs().items() if isinstance(spec, SteeringSpec)}
+
+
+@cache
 def specs() -> dict[str, OpSpec]:
-    """Return the spec of every op in this folder, by name."""
+    """Return the spec of every op in this folder, by name; those that steer are `SteeringSpec`s."""
     found = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         spec = getattr(import_module(f"pysteer.ops.{module.name}"), "SPEC", None)

@@ -98,3 +98,20 @@ def test_zero_strength_is_bit_identical_when_compiled(compiled):
     assert torch.equal(off, generate(compiled))
     assert torch.equal(off, again)
     assert not torch.equal(off, on)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_all_scales():
+    torch._dynamo.reset()
+    counters.clear()
+    pipe = tiny_pipeline()
+    plan = Plan.build(shifts(0), rows="both", strength=0.2)
+    with pysteer.steer(pipe, plan):
+        eager = generate(pipe)
+        pipe.compile()
+        result = generate(pipe)
+    assert counters["stats"]["unique_graphs"] <= 4
+    torch.testing.assert_close(result, eager, rtol=1e-3, atol=1e-3)
+    with torch.compiler.set_stance("force_eager"):
+        assert not torch.allclose(generate(pipe), eager)
+    torch._dynamo.reset()

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checking import ENTRIES, IDS, check
+from checking import ENTRIES, GENERAL, GENERAL_IDS, IDS, check, check_general
 
 from pysteer.ops import Case, backend, backend_status, get
 
@@ -32,6 +32,29 @@ def test_agrees_with_fp64(op: str, variant: str, sizes: dict[str, int], layout: 
         if chosen == "reference":
             pytest.skip("plain torch serves this variant")
         check(op, variant, case, backend_name="triton", expect="triton")
+
+
+GENERAL_SERVED = [entry for entry in GENERAL if "triton" in get(entry[0]).backends]
+
+
+@pytest.mark.parametrize(
+    ("op", "variant", "sizes"), GENERAL_SERVED, ids=[GENERAL_IDS[GENERAL.index(entry)] for entry in GENERAL_SERVED]
+)
+@pytest.mark.parametrize("layout", ["tokens", "rows", "channels_first", "channels_last"])
+def test_general_ops_agree_with_fp64(op: str, variant: str, sizes: dict[str, int], layout: str) -> None:
+    spec = get(op)
+    if layout not in spec.layouts:
+        pytest.skip("not a layout of this op")
+    for index, (tokens, width) in enumerate(((1, 63), (70, 17), (33, 64))):
+        if layout == "rows" and tokens > 1:
+            continue
+        case = Case(5, tokens, width, layout=layout, sizes=sizes, seed=index)
+        inputs = spec.make_inputs(replace(case, options=spec.variants[variant]))
+        with backend("triton"):
+            chosen = spec.implementation(**inputs)
+        if chosen == "reference":
+            pytest.skip("plain torch serves this variant")
+        check_general(op, variant, case, backend_name="triton", expect="triton")
 
 
 @pytest.mark.parametrize("op", sorted({op for op, _, _ in SERVED}))

@@ -14,7 +14,7 @@ import torch
 from tolerances import tolerance
 from torch import Tensor
 
-from pysteer.ops import Case, OpSpec, backend, backend_status, get, specs
+from pysteer.ops import Case, OpSpec, SteeringSpec, backend, backend_status, get, specs
 from pysteer.ops.lookup import active_tokens, look_up
 
 CPU_VARIANTS = ["reference", "cpu"] if backend_status()["cpu"].live else ["reference"]
@@ -24,9 +24,11 @@ SHAPES = ((5, 1, 1), (5, 1, 4608), (3, 4608, 1), (5, 63, 257), (5, 257, 63), (1,
 SMALL = ((5, 7, 63), (5, 70, 17))
 
 
-def entries() -> Iterator[tuple[str, str, dict[str, int]]]:
+def entries(steering: bool) -> Iterator[tuple[str, str, dict[str, int]]]:
     """Yield op, variant and sizes; variants that only plain torch serves are tried with the first sizes alone."""
     for spec in specs().values():
+        if isinstance(spec, SteeringSpec) != steering:
+            continue
         for variant, options in spec.variants.items():
             case = Case(2, 4, 16, options=options)
             fast = bool(spec.backends) and spec.implementation(**spec.make_inputs(case)) != "reference"
@@ -34,13 +36,21 @@ def entries() -> Iterator[tuple[str, str, dict[str, int]]]:
                 yield spec.name, variant, dict(sizes)
 
 
-ENTRIES = list(entries())
-IDS = ["-".join([op, variant, *(f"{key[0]}{value}" for key, value in sizes.items())]) for op, variant, sizes in ENTRIES]
+Entry = tuple[str, str, dict[str, int]]
 
 
-def truth_of(spec: OpSpec, inputs: dict[str, Any]) -> Tensor:
+def names_of(entries: list[Entry]) -> list[str]:
+    """Return what the tests call the entries."""
+    return ["-".join([op, variant, *(f"{k[0]}{v}" for k, v in sizes.items())]) for op, variant, sizes in entries]
+
+
+ENTRIES, GENERAL = list(entries(steering=True)), list(entries(steering=False))
+IDS, GENERAL_IDS = names_of(ENTRIES), names_of(GENERAL)
+
+
+def truth_of(spec: OpSpec, inputs: dict[str, Any]) -> Any:
     """Return the result of the reference in fp64."""
-    return spec.reference(**{**inputs, "x": inputs["x"].double()})
+    return spec.reference(**{**inputs, **{name: inputs[name].double() for name in spec.wide}})
 
 
 def active_mask(inputs: dict[str, Any]) -> Tensor:
@@ -52,10 +62,10 @@ def active_mask(inputs: dict[str, Any]) -> Tensor:
 
 def bits(x: Tensor) -> Tensor:
     """Return the bit patterns of `x` as integers, so that NaN and -0 can be compared."""
-    return x.contiguous().view(torch.int32 if x.element_size() == 4 else torch.int16)
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def compare(result: Tensor, spec: OpSpec, variant: str, inputs: dict[str, Any]) -> None:
+def compare(result: Tensor, spec: SteeringSpec, variant: str, inputs: dict[str, Any]) -> None:
     """Assert that a result is right: close to fp64 where tokens are active, the same bits everywhere else.
 
     Tokens for which rounding decides between two choices are left out; they must be few.
@@ -74,7 +84,42 @@ def compare(result: Tensor, spec: OpSpec, variant: str, inputs: dict[str, Any]) 
         assert changed > 0.02, "the op did nothing"
 
 
-def run(spec: OpSpec, inputs: dict[str, Any], **more: Any) -> Tensor:
+def tensors_of(result: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a result, which is one or a tuple of them."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def compare_general(result: Any, spec: OpSpec, variant: str, inputs: dict[str, Any]) -> None:
+    """Assert that the result of an op that does not steer is close to fp64, as the op itself defines it."""
+    truth = truth_of(spec, inputs)
+    limit = tolerance(spec.name, variant, inputs[spec.wide[0]].dtype)
+    if spec.compare is not None:
+        spec.compare(result, truth, inputs, limit)
+        return
+    assert len(tensors_of(result)) == len(tensors_of(truth))
+    for each, right in zip(tensors_of(result), tensors_of(truth), strict=True):
+        assert each.shape == right.shape
+        far = (each.double() - right.double()).abs() > limit.absolute + limit.relative * right.double().abs()
+        assert not far.any(), f"{int(far.sum())} of {far.numel()} elements are off"
+        assert each.isfinite().all() or not right.isfinite().all()
+
+
+def check_general(
+    op: str, variant: str, case: Case, *, backend_name: str | None = None, expect: str | None = None
+) -> None:
+    """Compare one case of an op that does not steer; `expect` names the backend that has to serve it."""
+    spec = get(op)
+    inputs = spec.make_inputs(replace(case, options=spec.variants[variant]))
+    with backend(backend_name):
+        if expect:
+            assert spec.implementation(**inputs) == expect
+        result = run(spec, inputs)
+    given = {value.data_ptr() for value in inputs.values() if isinstance(value, Tensor) and value.numel()}
+    assert not given & {each.data_ptr() for each in tensors_of(result) if each.numel()}, "an input was returned"
+    compare_general(result, spec, variant, inputs)
+
+
+def run(spec: OpSpec, inputs: dict[str, Any], **more: Any) -> Any:
     """Call the op and check that it left its inputs alone."""
     before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
     result = spec.function(**inputs, **more)
@@ -87,6 +132,7 @@ def run(spec: OpSpec, inputs: dict[str, Any], **more: Any) -> Tensor:
 def check(op: str, variant: str, case: Case, *, backend_name: str | None = None, expect: str | None = None) -> None:
     """Compare fresh, `out=` and in-place results of one case; `expect` names the backend that has to serve it."""
     spec = get(op)
+    assert isinstance(spec, SteeringSpec)
     case = replace(case, options=spec.variants[variant])
     inputs = spec.make_inputs(case)
     with backend(backend_name):
@@ -110,10 +156,10 @@ def check(op: str, variant: str, case: Case, *, backend_name: str | None = None,
 def small_cases(device: str, name: str) -> Iterator[tuple[str, str, Case]]:
     """Yield op, variant and case of what a backend serves; few for Triton, which compiles each one."""
     compiled = name == "triton"
-    for op, variant, sizes in ENTRIES:
+    for op, variant, sizes in [*ENTRIES, *GENERAL]:
         spec = get(op)
         for dtype in DTYPES[:2] if compiled else DTYPES:
-            for layout in ("tokens", "channels_first"):
+            for layout in set(spec.layouts) & {"tokens", "channels_first"}:
                 for rows, tokens, width in SMALL[1:] if compiled else (*SMALL, (5, 3, 200)):
                     case = Case(rows, tokens, width, dtype, layout, span=True, device=device, sizes=sizes)
                     inputs = spec.make_inputs(replace(case, options=spec.variants[variant]))
@@ -132,7 +178,8 @@ def main(device: str, only: str | None) -> None:
             continue
         count = 0
         for op, variant, case in small_cases(device, name):
-            check(op, variant, case, backend_name=name, expect=name)
+            checker = check if isinstance(get(op), SteeringSpec) else check_general
+            checker(op, variant, case, backend_name=name, expect=name)
             count += 1
         print(f"{name}: compared {count}")
         assert count

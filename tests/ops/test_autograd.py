@@ -8,10 +8,10 @@ from checking import ENTRIES, IDS
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pysteer.ops import Case, OpSpec, get, specs
+from pysteer.ops import Case, OpSpec, get, steering_specs
 
 each_entry = pytest.mark.parametrize(("op", "variant", "sizes"), ENTRIES, ids=IDS)
-REGISTERED = [name for name in specs() if hasattr(torch.ops.pysteer, name)]
+REGISTERED = [name for name in steering_specs() if hasattr(torch.ops.pysteer, name)]
 TABLE = ("slot", "strength", "clock", "span")
 
 
@@ -23,8 +23,7 @@ def small(op: str, variant: str, sizes: dict[str, int], **more: Any) -> tuple[Op
 
 def as_arguments(op: Any, spec: OpSpec, inputs: dict[str, Any]) -> list[Any]:
     """The arguments of a registered op in the order of its schema."""
-    defaults = {"pull": False, "temperature": 0.0, "normalize": "none"}
-    return [{**defaults, **inputs}[argument.name] for argument in op._schema.arguments]
+    return [{**spec.defaults, **inputs}[argument.name] for argument in op._schema.arguments]
 
 
 @pytest.mark.parametrize("op", REGISTERED)
@@ -59,7 +58,7 @@ def test_gradient_agrees_with_plain_torch(op: str, variant: str, sizes: dict[str
         assert not spec.function(x, **inputs).requires_grad
 
 
-@pytest.mark.parametrize("op", list(specs()))
+@pytest.mark.parametrize("op", list(steering_specs()))
 def test_gradient_in_the_parameters(op: str) -> None:
     spec, inputs = small(op, next(iter(get(op).variants)), {})
     name = next(reversed([key for key, value in inputs.items() if isinstance(value, Tensor) and key not in TABLE]))
@@ -79,7 +78,7 @@ def test_second_derivative_of_affine_shift() -> None:
     assert torch.autograd.gradgradcheck(lambda x: spec.function(x, **inputs).square(), (x,))
 
 
-@pytest.mark.parametrize("op", list(specs()))
+@pytest.mark.parametrize("op", list(steering_specs()))
 def test_functional_transforms(op: str) -> None:
     spec, inputs = small(op, next(iter(get(op).variants)), {})
     x = inputs.pop("x")
@@ -105,7 +104,7 @@ def test_table_changed_before_backward_is_an_error(op: str) -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("op", list(specs()))
+@pytest.mark.parametrize("op", list(steering_specs()))
 @pytest.mark.parametrize("grad", [False, True])
 def test_compiled_graph_sees_every_change(op: str, grad: bool) -> None:
     spec = get(op)
@@ -155,7 +154,7 @@ def test_affine_shift_through_inductor() -> None:
     assert torch.equal(inputs["x"], expected)
 
 
-@pytest.mark.parametrize("op", list(specs()))
+@pytest.mark.parametrize("op", list(steering_specs()))
 def test_fake_tensors(op: str) -> None:
     spec, inputs = small(op, next(iter(get(op).variants)), {}, layout="channels_last")
     real = spec.function(**inputs)

@@ -10,14 +10,14 @@ import torch
 from checking import DTYPES, ENTRIES, IDS, SHAPES, SMALL, active_mask, bits, check, compare
 from tolerances import TOLERANCES
 
-from pysteer.ops import Case, backend, backend_status, get, specs
+from pysteer.ops import Case, backend, backend_status, get, specs, steering_specs
 from pysteer.ops.registry import LAYOUTS, STRENGTHS
 
 CPU_IS_LIVE = backend_status()["cpu"].live
 BACKENDS = [None, "reference"] if CPU_IS_LIVE else [None]
 
 each_entry = pytest.mark.parametrize(("op", "variant", "sizes"), ENTRIES, ids=IDS)
-each_op = pytest.mark.parametrize("op", list(specs()))
+each_op = pytest.mark.parametrize("op", list(steering_specs()))
 
 
 def fits(layout: str, tokens: int) -> bool:
