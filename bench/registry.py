@@ -1,18 +1,34 @@
-"""What is measured: shapes of every op, and the bytes and operations that no implementation can do without.
+"""What is measured, one file `bench/ops/<op>.py` per op, found by being there.
 
-An op that is not named here is measured at a standard shape, by the bytes of its activation alone.
+Such a file has
+
+    ROWS                          what is measured: a list of `Row`
+    cost(case)                    bytes that have to move and operations, per call; 0 where nobody knows
+    floor(inputs)                 a label and a call: the least that the hardware has to do, timed in the same run
+    naive(inputs)                 optional: a label and a call, the way the field usually does it
+
+where `inputs` are the keyword arguments of the op. An op without a file is measured at a standard shape against a copy.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-from pysteer.ops import Case, specs
+from pysteer.ops import Case, SteeringSpec, specs
 
 BF16, FP32 = torch.bfloat16, torch.float32
+CPU, GPU = ("cpu",), ("cuda",)
+BOTH = CPU + GPU
+Timed = tuple[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,7 @@ class Row:
 
     op: str
     case: Case
-    devices: tuple[str, ...] = ("cpu",)
+    devices: tuple[str, ...] = CPU
     variant: str = ""
 
     @property
@@ -38,7 +54,9 @@ class Row:
         short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[case.dtype]
         parts = [short, f"{case.rows}x{case.tokens}x{case.width}"]
         parts += [] if case.layout == "tokens" else [case.layout.replace("_", " ")]
-        parts += [f"K={case.sizes['prototypes']}"] if "prototypes" in case.sizes else []
+        parts += [self.variant] if self.variant not in ("", "plain", "hard") else []
+        known = {"prototypes": "K"}
+        parts += [f"{known.get(name, name)}={value}" for name, value in case.sizes.items()]
         return " ".join(parts)
 
 
@@ -52,44 +70,30 @@ def copied(case: Case) -> int:
     return 2 * elements(case) * case.dtype.itemsize
 
 
-OPERATIONS: dict[str, Callable[[Case], int]] = {
-    "affine_shift": lambda case: 2 * elements(case),
-    "prototype_shift": lambda case: 2 * elements(case) * case.sizes.get("prototypes", 8),
-}
+def copy_of_x(inputs: dict[str, Any]) -> Timed:
+    """The floor of an op that reads and writes an activation."""
+    x = inputs["x"]
+    return "copy", partial(torch.empty_like(x).copy_, x.clone())
 
 
-def cost(row: Row) -> tuple[int, int]:
-    """Floors per call: bytes moved, and operations where they are known (else 0)."""
-    return copied(row.case), OPERATIONS.get(row.op, lambda case: 0)(row.case)
+def _standard(name: str) -> list[Row]:
+    spec = specs()[name]
+    case = Case(2, 512, 1024, BF16, spec.layouts[0], "one", sizes=spec.sizes[0])
+    return [Row(name, case, BOTH, next(iter(spec.variants)))]
 
 
-def _prototypes(rows: int, tokens: int, width: int, dtype: torch.dtype, count: int) -> Case:
-    return Case(rows, tokens, width, dtype, strength="one", sizes={"prototypes": count})
-
-
-BOTH, GPU = ("cpu", "cuda"), ("cuda",)
-ROWS = [
-    Row("affine_shift", Case(4, 1024, 2048, BF16, strength="one"), BOTH),
-    Row("affine_shift", Case(16, 1024, 2048, BF16, strength="one")),
-    Row("affine_shift", Case(4, 1024, 2048, FP32, strength="one")),
-    Row("affine_shift", Case(4, 4096, 320, BF16, "channels_first", "one"), BOTH),
-    Row("affine_shift", Case(16, 64, 192, FP32, strength="one")),
-    Row("affine_shift", Case(32, 4096, 2048, BF16, strength="one"), GPU),
-    Row("affine_shift", Case(32, 4096, 2048, FP32, strength="one"), GPU),
-    Row("affine_shift", Case(64, 4096, 1280, BF16, "channels_first", "one"), GPU),
-    Row("prototype_shift", _prototypes(16, 64, 192, FP32, 64), variant="hard"),
-    Row("prototype_shift", _prototypes(2, 1024, 2048, BF16, 4), variant="hard"),
-    Row("prototype_shift", _prototypes(2, 1024, 2048, BF16, 16), variant="hard"),
-    Row("prototype_shift", _prototypes(2, 1024, 2048, BF16, 64), variant="hard"),
-    Row("prototype_shift", _prototypes(2, 256, 1536, FP32, 256), variant="hard"),
-    Row("prototype_shift", _prototypes(16, 4096, 2048, BF16, 4), GPU, "hard"),
-    Row("prototype_shift", _prototypes(16, 4096, 2048, BF16, 16), GPU, "hard"),
-    Row("prototype_shift", _prototypes(16, 4096, 2048, BF16, 64), GPU, "hard"),
-    Row("prototype_shift", _prototypes(16, 4096, 2048, BF16, 256), GPU, "hard"),
-]
-_NAMED = {row.op for row in ROWS}
-ROWS += [
-    Row(name, Case(2, 512, 1024, BF16, strength="one", sizes=spec.sizes[0]), BOTH, next(iter(spec.variants)))
-    for name, spec in specs().items()
-    if name not in _NAMED
-]
+@cache
+def measured() -> dict[str, SimpleNamespace]:
+    """For every op its rows, cost, floor and naive."""
+    files = {each.name for each in pkgutil.iter_modules([str(Path(__file__).parent / "ops")])}
+    found = {}
+    for name, spec in specs().items():
+        module = importlib.import_module(f"bench.ops.{name}") if name in files else SimpleNamespace()
+        found[name] = SimpleNamespace(
+            rows=getattr(module, "ROWS", None) or _standard(name),
+            cost=getattr(module, "cost", lambda case: (copied(case), 0)),
+            floor=getattr(module, "floor", copy_of_x),
+            naive=getattr(module, "naive", lambda inputs: None),
+            steers=isinstance(spec, SteeringSpec),
+        )
+    return found

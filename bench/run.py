@@ -1,8 +1,7 @@
-"""Time the ops against a copy of the same bytes, plain torch, and torch.compile of plain torch.
+"""Time the ops against the least the hardware can do, plain torch, torch.compile of it, and the field's usual way.
 
     python -m bench.run                        measure, print the table, add the result to bench/results/ops.json
     python -m bench.run --op affine_shift --rounds 60
-    python -m bench.run --table                print the table of the last stored result
 
 Contenders take turns in random order, each on buffers of its own, and ratios are taken within a round: what else runs
 on the machine hits all of them alike. An op whose result is wrong at a shape gets no time for that shape.
@@ -24,20 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.record import append, machine, stored
-from bench.registry import ROWS, Row, cost
+from bench.record import append, machine
+from bench.registry import Row, measured
+from bench.table import table
 from pysteer.files import write_json
-from pysteer.ops import OpSpec, backend, backend_status, get
+from pysteer.ops import Case, OpSpec, SteeringSpec, backend, backend_status, get
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/ops"))
-from checking import compare
+from checking import compare, compare_general
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated
+LONGEST = 0.3  # seconds; what takes n times as long is measured in every n-th round
 MEMORY = 3 << 30  # bytes of an activation in fp64, above which a smaller batch is checked
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
     """p20, p50 and p80."""
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 
@@ -49,9 +52,13 @@ class Contender:
         self.name, self.call, self.device = name, call, device
         self.seconds: list[float] = []
         self.repeats = 1
-        for _ in range(3):
+        call()  # compiles
+        first = self.measure()
+        if first < LONGEST:
             call()
-        self.repeats = max(1, round(SHORTEST / max(self.measure(), 1e-7)))
+            first = self.measure()
+        self.repeats = max(1, round(SHORTEST / max(first, 1e-7)))
+        self.every = max(1, round(first / LONGEST))
 
     def measure(self) -> float:
         """Seconds per call."""
@@ -69,37 +76,38 @@ class Contender:
         return (time.perf_counter() - before) / self.repeats
 
 
+def case_of(row: Row, device: str, **changes: Any) -> Case:
+    """The case of a row on a device, with the options of its variant."""
+    return replace(row.case, device=device, options=get(row.op).variants.get(row.variant, {}), **changes)
+
+
 def inputs_of(row: Row, device: str) -> dict[str, Any]:
     """Inputs that can be applied in place again and again without growing."""
-    spec = get(row.op)
-    inputs = spec.make_inputs(replace(row.case, device=device, options=spec.variants.get(row.variant, {})))
-    inputs["strength"].mul_(1e-3)
+    inputs = get(row.op).make_inputs(case_of(row, device))
+    if "strength" in inputs:
+        inputs["strength"].mul_(1e-3)
     return inputs
 
 
 def check(row: Row, device: str, name: str | None) -> str:
     """Compare the op with fp64 at this shape; return what is wrong, or nothing."""
     spec = get(row.op)
-    case = replace(row.case, device=device, options=spec.variants.get(row.variant, {}), strength="mixed")
-    while 8 * case.rows * case.tokens * case.width > MEMORY:
+    case = case_of(row, device)
+    if isinstance(spec, SteeringSpec):
+        case = replace(case, strength="mixed")
+    while 8 * case.rows * case.tokens * case.width > MEMORY and case.rows > 1:
         case = replace(case, rows=case.rows // 2)
     inputs = spec.make_inputs(case)
     try:
         with backend(name):
-            compare(spec.function(**inputs), spec, row.variant, inputs)
+            result = spec.function(**inputs)
+        if isinstance(spec, SteeringSpec):
+            compare(result, spec, row.variant, inputs)
+        else:
+            compare_general(result, spec, row.variant, inputs)
     except AssertionError as error:
-        return str(error).splitlines()[0] or "the result is wrong"
+        return str(error).splitlines()[0] if str(error) else "the result is wrong"
     return ""
-
-
-def compiled(spec: OpSpec) -> Callable[..., Tensor]:
-    """torch.compile of the reference, writing into `out`."""
-
-    def into(out: Tensor, **inputs: Any) -> Tensor:
-        return out.copy_(spec.reference(**inputs))
-
-    torch._dynamo.reset()
-    return torch.compile(into, fullgraph=True)
 
 
 def with_backend(name: str | None, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -112,68 +120,78 @@ def with_backend(name: str | None, function: Callable[[], Any]) -> Callable[[], 
     return call if name else function
 
 
-def contenders(row: Row, device: str, names: list[str | None]) -> list[Contender]:
-    """The copy, the op in place and into another buffer on every backend asked for, and plain torch."""
-    spec, inputs = get(row.op), inputs_of(row, device)
-    x = inputs.pop("x")
-    found = [Contender("copy", partial(torch.empty_like(x).copy_, x.clone()), device)]
+def compiled_into(spec: OpSpec) -> Callable[..., Tensor]:
+    """torch.compile of the reference, writing into `out`."""
+
+    def into(out: Tensor, **inputs: Any) -> Tensor:
+        return out.copy_(spec.reference(**inputs))
+
+    return torch.compile(into, fullgraph=True)
+
+
+def steering_contenders(spec: OpSpec, inputs: dict[str, Any], device: str, names: list[str | None]) -> list[Contender]:
+    """The op in place and into another buffer on every backend asked for, and plain torch, compiled and not."""
+    given = dict(inputs)
+    x = given.pop("x")
+    found = []
     for name in names:
         label = f" ({name})" if name else ""
         for kind, source, target in (("in place", a := x.clone(), a), ("out=", x.clone(), torch.empty_like(x))):
-            call = partial(spec.function, source, **inputs, out=target)
+            call = partial(spec.function, source, **given, out=target)
             found.append(Contender(kind + label, with_backend(name, call), device))
-    compile_ = compiled(spec)
-    found.append(Contender("compile out=", partial(compile_, torch.empty_like(x), x=x.clone(), **inputs), device))
-    found.append(Contender("eager", partial(spec.reference, x, **inputs), device))
+    call = partial(compiled_into(spec), torch.empty_like(x), x=x.clone(), **given)
+    return [
+        *found,
+        Contender("compile out=", call, device),
+        Contender("eager", partial(spec.reference, **inputs), device),
+    ]
+
+
+def general_contenders(spec: OpSpec, inputs: dict[str, Any], device: str, names: list[str | None]) -> list[Contender]:
+    """The op on every backend asked for, and plain torch, compiled and not."""
+    found = []
+    for name in names:
+        call = with_backend(name, partial(spec.function, **inputs))
+        found.append(Contender(f"op ({name})" if name else "op", call, device))
+    call = partial(torch.compile(spec.reference), **inputs)
+    return [*found, Contender("compile", call, device), Contender("eager", partial(spec.reference, **inputs), device)]
+
+
+def contenders(row: Row, device: str, names: list[str | None]) -> list[Contender]:
+    """The floor, the op, plain torch and what the field does, in this order."""
+    spec, inputs, known = get(row.op), inputs_of(row, device), measured()[row.op]
+    torch._dynamo.reset()
+    label, call = known.floor(inputs)
+    found = [Contender(label, call, device)]
+    found += (steering_contenders if known.steers else general_contenders)(spec, inputs, device, names)
+    if naive := known.naive(inputs):
+        found.append(Contender(*naive, device))
     return found
 
 
 def measure(row: Row, device: str, rounds: int, forced: list[str | None]) -> dict[str, Any]:
     """Check and time one row."""
-    moved, operations = cost(row)
+    moved, operations = measured()[row.op].cost(row.case)
     result: dict[str, Any] = {"op": row.op, "shape": row.title, "device": device, "bytes": moved, "flops": operations}
     problems = {name or "automatic": check(row, device, name) for name in forced}
     result["wrong"] = {name: problem for name, problem in problems.items() if problem}
     right = [name for name in forced if not problems[name or "automatic"]]
-    if not right:
+    if None not in right:
         return result
-    spec = get(row.op)
-    result["backend"] = spec.implementation(**inputs_of(row, device))
-    field = contenders(row, device, right)
-    for _ in range(rounds):
-        for each in random.sample(field, len(field)):
-            each.seconds.append(each.measure())
-    base = field[0].seconds
-    result["rounds"] = rounds
+    result["backend"] = get(row.op).implementation(**inputs_of(row, device))
+    with torch.no_grad():
+        field = contenders(row, device, right)
+        ratios: dict[str, list[float]] = {each.name: [] for each in field}
+        for number in range(rounds):
+            taking = [each for each in field if not number % each.every]
+            for each in random.sample(taking, len(taking)):
+                each.seconds.append(each.measure())
+            for each in taking:
+                ratios[each.name].append(each.seconds[-1] / field[0].seconds[-1])
+    result["rounds"], result["floor"] = rounds, field[0].name
     result["seconds"] = {each.name: quantiles(each.seconds) for each in field}
-    result["times_copy"] = {
-        each.name: quantiles([a / b for a, b in zip(each.seconds, base, strict=True)]) for each in field
-    }
+    result["times_floor"] = {name: quantiles(values) for name, values in ratios.items()}
     return result
-
-
-def table(result: dict[str, Any]) -> str:
-    """The Markdown table of one stored result: medians within rounds, as multiples of the copy."""
-    names = list(dict.fromkeys(name for row in result["rows"] for name in row.get("times_copy", {}) if name != "copy"))
-    lines = [
-        f"| op | shape | backend | copy, GB/s | {' | '.join(names)} |",
-        "|---" * (4 + len(names)) + "|",
-    ]
-    for row in result["rows"]:
-        if "times_copy" not in row:
-            lines.append(f"| {row['op']} | {row['shape']} | wrong result, not timed |" + " |" * (1 + len(names)))
-            continue
-        times = [f"{row['times_copy'][name]['p50']:.2f}" if name in row["times_copy"] else "-" for name in names]
-        speed = row["bytes"] / row["seconds"]["copy"]["p50"] / 1e9
-        lines.append(f"| {row['op']} | {row['shape']} | {row['backend']} | {speed:.1f} | {' | '.join(times)} |")
-    where = result["machine"]
-    lines += [
-        "",
-        f"Time as a multiple of copying the same bytes (`copy_`), median of ratios within a round, {result['rounds']} "
-        f"rounds; {where['gpu'] or where['processor']}, {where['threads']} threads, "
-        f"torch {result['versions']['torch']}, commit {result['commit']}, {result['date'][:10]}.",
-    ]
-    return "\n".join(lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -184,24 +202,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU; 0 leaves them alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write the result to ops.json in this folder instead of bench/results")
-    parser.add_argument("--table", action="store_true", help="print the last stored result and measure nothing")
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure, print, store; the exit code says whether every op was right at every shape."""
     asked = arguments()
-    if asked.table:
-        results = stored("ops")
-        print(table(results[-1]) if results else "nothing is stored yet: run python -m bench.run")
-        return
     if asked.threads:
         torch.set_num_threads(asked.threads)
     status = backend_status()
     forced: list[str | None] = [None]
     if asked.device == "cuda":
         forced = [None, *(name for name in ("triton", "cuda") if status[name].live)]
-    rows = [row for row in ROWS if asked.device in row.devices and (not asked.op or row.op in asked.op)]
+    rows = [
+        row
+        for name, known in measured().items()
+        for row in known.rows
+        if asked.device in row.devices and (not asked.op or name in asked.op)
+    ]
     results = []
     for row in rows:
         results.append(measure(row, asked.device, asked.rounds, forced))
