@@ -11,10 +11,16 @@ from torch import Tensor
 
 from pysteer.errors import InputError
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.lookup import active_tokens, close_scores, full_precision, laid_out_like, look_up
+from pysteer.ops.declare import declare, plain_torch_needed, refuse_out
+from pysteer.ops.lookup import active_tokens, along, close_scores, full_precision, laid_out_like, look_up
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
 _NORMALIZE = ("none", "unit", "input")
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor offset, Tensor centre, Tensor target, Tensor factor, Tensor scale, Tensor slot,"
+    " Tensor strength, Tensor clock, Tensor? span, bool gate, float temperature, str normalize, int channel_dim)"
+    " -> Tensor"
+)
 
 
 def gradient_shift_reference(
@@ -56,6 +62,46 @@ def gradient_shift_reference(
         u = u * tokens.norm(dim=-1, keepdim=True) if normalize == "input" else u
     y = (tokens + s.to(high).reshape(-1, 1, 1) * u).reshape(moved.shape).movedim(-1, channel_dim)
     return laid_out_like(torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x), x)
+
+
+def _in_plain_torch(x: Tensor, *arguments: Any) -> Tensor:
+    *tensors, gate, temperature, normalize, channel_dim = arguments
+    return gradient_shift_reference(
+        x, *tensors, gate=gate, temperature=temperature, normalize=normalize, channel_dim=channel_dim
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.gate, _, _, ctx.channel_dim = inputs
+    x, weight, offset, _, target, factor, scale, *table = tensors
+    ctx.save_for_backward(*(x, weight, offset, target) if ctx.gate else (None,) * 4, factor, scale, *table)
+    ctx.rows = x.shape[0]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    # The choices of the prototypes are locally constant: dy/dx = I - s w c (I - Z'Z).
+    x, weight, offset, target, factor, scale, slot, strength, clock, span = ctx.saved_tensors
+    which, s = look_up(slot, strength, clock, ctx.rows)
+    high = torch.promote_types(gradient.dtype, torch.float32)
+    moved = gradient.movedim(ctx.channel_dim, -1).to(high)
+    tokens = moved.unsqueeze(1).flatten(1, -2)
+    z, c = (bank.index_select(0, which).to(high) for bank in (factor, scale))
+    with full_precision(gradient):
+        pulled = c.unsqueeze(1) * (tokens - (tokens @ z.transpose(1, 2)) @ z)
+        if ctx.gate:
+            given = x.movedim(ctx.channel_dim, -1).to(high).unsqueeze(1).flatten(1, -2)
+            w, o, aims = (bank.index_select(0, which).to(high) for bank in (weight, offset, target))
+            nearest = (given @ w.transpose(1, 2) + o.unsqueeze(1)).argmax(-1)
+            pulled = pulled * (1 - aims).gather(1, nearest).unsqueeze(-1)
+    pulled = pulled.reshape(moved.shape).movedim(-1, ctx.channel_dim)
+    active = active_tokens(gradient, which, s, span, ctx.channel_dim)
+    steered = (gradient - along(s.to(high), gradient, ctx.channel_dim) * pulled).to(gradient.dtype)
+    return (torch.where(active, steered, gradient), *[None] * 14)
+
+
+_plain, _differentiable = declare(
+    "gradient_shift", _SCHEMA, _in_plain_torch, setup_context=_setup_context, backward=_backward
+)
 
 
 def gradient_shift(
@@ -117,10 +163,20 @@ def gradient_shift(
         raise InputError("temperature", value=temperature, allowed="0 (the nearest prototype alone) or more")
     if normalize not in _NORMALIZE:
         raise InputError("normalize", value=normalize, allowed=", ".join(_NORMALIZE))
-    y = gradient_shift_reference(
-        x, weight, offset, centre, target, factor, scale, slot, strength, clock, span,
-        gate=gate, temperature=temperature, normalize=normalize, channel_dim=channel_dim,
-    )  # fmt: skip
+    banks = (weight, offset, centre, target, factor, scale)
+    arguments = (*banks, slot, strength, clock, span, gate, temperature, normalize, channel_dim)
+    smooth = normalize != "none" or (
+        gate and temperature > 0
+    )  # more than the locally constant choices to differentiate
+    wants_grad = x.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or (wants_grad and smooth) or plain_torch_needed(*banks, strength):
+        y = _in_plain_torch(x, *arguments)  # in a graph plain torch fuses into its neighbours
+    elif wants_grad:
+        if out is not None:
+            refuse_out(x)
+        return _differentiable(x, *arguments)
+    else:
+        y = _plain(x, *arguments)
     return y if out is None else out.copy_(y)
 
 
@@ -154,6 +210,7 @@ SPEC = SteeringSpec(
     make_inputs=_make_inputs,
     implementation=lambda **_: "reference",
     backends={},
+    defaults={"gate": False, "temperature": 0.0, "normalize": "none"},
     variants={
         "one": {},
         "gate": {"gate": True},
