@@ -206,6 +206,9 @@ def _one_line(error: Exception) -> str:
 
 def main() -> None:
     """Entry point of the `pysteer` command: 0 done, 2 input that cannot be used, 130 interrupted."""
+    from pysteer.environment import keep_freed_memory
+
+    keep_freed_memory()
     sys.exit(run_command(sys.argv[1:]))
 
 

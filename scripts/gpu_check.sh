@@ -87,22 +87,25 @@ elif ! has pybind11; then
 else
     export -f build
     export root work python capability
-    stage build 140 bash -c build
+    stage build 130 bash -c build
 fi
 
 # -P keeps the checkout from hiding the package that was built.
 cd "$root" || exit 1
 "$python" -P -c "from pysteer.ops import backend_status; [print(f'  {n}: {s.reason or \"live\"}') for n, s in backend_status().items()]"
-stage small 80 "$python" -P tests/ops/checking.py cuda
+stage small 70 "$python" -P tests/ops/checking.py cuda
 if command -v compute-sanitizer >/dev/null; then
-    stage memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -P tests/ops/checking.py cuda --only cuda
+    for tool in memcheck racecheck initcheck synccheck; do
+        stage "$tool" 35 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -P tests/ops/checking.py cuda --only cuda --few
+    done
 else
-    note memcheck skipped "compute-sanitizer is not on PATH"
+    note sanitizer skipped "compute-sanitizer is not on PATH"
 fi
 if has pytest; then
-    stage tests 130 "$python" -P -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py
+    stage tests 100 "$python" -P -m pytest -q -p no:cacheprovider tests/ops/test_gpu.py
 else
     note tests skipped "pytest is missing: give its wheels with --wheels; the stage \"small\" has compared every kernel"
 fi
-stage bench 90 "$python" -P -m bench.run --device cuda --rounds 20 --out "$out"
+stage bench 100 "$python" -P -m bench.run --device cuda --rounds 20 --out "$out"
 exit $failed

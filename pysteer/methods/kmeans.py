@@ -46,8 +46,11 @@ def assign(x: Tensor, centres: Tensor) -> Tensor:
 def cluster_sums(values: Tensor, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Sum of `values` `[n, D]` per label `[clusters, D]` and the counts `[clusters]`, both fp32.
 
-    A matrix product with the one-hot labels: scattered adds would not be reproducible on a GPU.
+    On a GPU a matrix product with the one-hot labels, since scattered adds would not be reproducible there.
     """
+    if values.device.type == "cpu":
+        sums = values.new_zeros(clusters, values.shape[1]).index_add_(0, labels, values)
+        return sums, torch.bincount(labels, minlength=clusters).to(values.dtype)
     member = torch.nn.functional.one_hot(labels, clusters).to(values.dtype)
     return member.T @ values, member.sum(0)
 

@@ -153,9 +153,9 @@ def check(op: str, variant: str, case: Case, *, backend_name: str | None = None,
             compare(other, spec, variant, inputs)
 
 
-def small_cases(device: str, name: str) -> Iterator[tuple[str, str, Case]]:
+def small_cases(device: str, name: str, few: bool) -> Iterator[tuple[str, str, Case]]:
     """Yield op, variant and case of what a backend serves; few for Triton, which compiles each one."""
-    compiled = name == "triton"
+    compiled = few or name == "triton"
     for op, variant, sizes in [*ENTRIES, *GENERAL]:
         spec = get(op)
         for dtype in DTYPES[:2] if compiled else DTYPES:
@@ -169,15 +169,15 @@ def small_cases(device: str, name: str) -> Iterator[tuple[str, str, Case]]:
                         yield op, variant, case
 
 
-def main(device: str, only: str | None) -> None:
-    """Compare everything that the live backends of a device serve."""
+def main(device: str, only: str | None, few: bool) -> None:
+    """Compare everything, or a few shapes, of what the live backends of a device serve."""
     for name in [only] if only else {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}[device]:
         live, reason = backend_status()[name]
         if not live:
             print(f"{name} is not compared: {reason}")
             continue
         count = 0
-        for op, variant, case in small_cases(device, name):
+        for op, variant, case in small_cases(device, name, few):
             checker = check if isinstance(get(op), SteeringSpec) else check_general
             checker(op, variant, case, backend_name=name, expect=name)
             count += 1
@@ -189,5 +189,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("--only", choices=("cpu", "cuda", "triton"), help="this backend alone")
+    parser.add_argument("--few", action="store_true", help="one shape and two dtypes")
     asked = parser.parse_args()
-    main(asked.device, asked.only)
+    main(asked.device, asked.only, asked.few)

@@ -122,8 +122,8 @@ class KeyValueCache:
         # One token more than is ever filled: where a prefix could be the whole buffer, the compiler specialises the
         # last scale on it and then fails on the strides of a start it can no longer solve for.
         shape = (rows, config.heads, tokens + 1, config.head_dim)
-        self.k = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.v = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def write(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         end = start + k.shape[2]
