@@ -3,6 +3,8 @@
 // Scores are dot products along the channels, kTile tokens by four prototypes at a time in registers; only the index of
 // the best prototype leaves them. The block of tokens is still in the cache when its shift is added.
 
+#include "dot_tiles.h"
+
 #if PYSTEER_ISA_LEVEL >= 3
 constexpr int kTile = 6;
 #elif PYSTEER_ISA_LEVEL == 2
@@ -10,33 +12,6 @@ constexpr int kTile = 3;
 #else
 constexpr int kTile = 1;
 #endif
-
-// scores[t][0..3] of kTokens tokens with four prototypes.
-template <int kTokens>
-inline void score_tile(const float* x, std::int64_t stride, const float* const* w, std::int64_t width, float* scores) {
-    Vec sum[kTokens][4];
-    for (int t = 0; t < kTokens; ++t) {
-        for (int k = 0; k < 4; ++k) sum[t][k] = zero();
-    }
-    std::int64_t d = 0;
-    for (; d + kLanes <= width; d += kLanes) {
-        const Vec w0 = load(w[0] + d), w1 = load(w[1] + d), w2 = load(w[2] + d), w3 = load(w[3] + d);
-        for (int t = 0; t < kTokens; ++t) {
-            const Vec v = load(x + t * stride + d);
-            sum[t][0] = fma(v, w0, sum[t][0]);
-            sum[t][1] = fma(v, w1, sum[t][1]);
-            sum[t][2] = fma(v, w2, sum[t][2]);
-            sum[t][3] = fma(v, w3, sum[t][3]);
-        }
-    }
-    if (const int rest = int(width - d)) {
-        for (int k = 0; k < 4; ++k) {
-            const Vec wk = load_first(w[k] + d, rest);
-            for (int t = 0; t < kTokens; ++t) sum[t][k] = fma(load_first(x + t * stride + d, rest), wk, sum[t][k]);
-        }
-    }
-    for (int t = 0; t < kTokens; ++t) sum4(sum[t][0], sum[t][1], sum[t][2], sum[t][3], scores + 4 * t);
-}
 
 // The index of the best prototype of kTokens tokens; the lowest wins ties.
 template <int kTokens>
@@ -51,7 +26,7 @@ inline void nearest_tile(const float* x, std::int64_t stride, std::int64_t width
         const float* w[4];
         for (int i = 0; i < 4; ++i) w[i] = weight + std::min(k + i, prototypes - 1) * width;
         float scores[kTokens * 4];
-        score_tile<kTokens>(x, stride, w, width, scores);
+        dot_tile<kTokens, 4>(x, stride, w, width, scores);
         const int count = int(std::min<std::int64_t>(4, prototypes - k));
         for (int t = 0; t < kTokens; ++t) {
             for (int i = 0; i < count; ++i) {
@@ -94,26 +69,6 @@ inline void add_shift(const T* x, T* y, std::int64_t width, const float* delta, 
         const float v = to_float(x[d]);
         y[d] = from_float<T>(fma1(strength, pull ? delta[d] - v : delta[d], v));
     }
-}
-
-inline const float* as_floats(const float* x, std::int64_t stride, std::int64_t, std::int64_t, float*,
-                              std::int64_t* scratch_stride) {
-    *scratch_stride = stride;
-    return x;
-}
-
-template <class T>
-inline const float* as_floats(const T* x, std::int64_t stride, std::int64_t tokens, std::int64_t width, float* scratch,
-                              std::int64_t* scratch_stride) {
-    for (std::int64_t t = 0; t < tokens; ++t) {
-        const T* from = x + t * stride;
-        float* to = scratch + t * width;
-        std::int64_t d = 0;
-        for (; d + kLanes <= width; d += kLanes) store(to + d, load(from + d));
-        for (; d < width; ++d) to[d] = to_float(from[d]);
-    }
-    *scratch_stride = width;
-    return scratch;
 }
 
 // A block of tokens of one row, channels next to each other. scratch: [tokens, width]; nearest: [tokens].

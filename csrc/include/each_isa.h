@@ -104,11 +104,11 @@ int isa_level() {
 }  // namespace pysteer
 
 #ifdef PYSTEER_X86
-#define PYSTEER_PICK(name)                                            \
-    (::pysteer::isa_level() == 4   ? ::pysteer::isa_avx512_bf16::name \
-     : ::pysteer::isa_level() == 3 ? ::pysteer::isa_avx512::name      \
-     : ::pysteer::isa_level() == 2 ? ::pysteer::isa_avx2::name        \
-                                   : ::pysteer::isa_base::name)
+#define PYSTEER_PICK(...)                                                    \
+    (::pysteer::isa_level() == 4   ? ::pysteer::isa_avx512_bf16::__VA_ARGS__ \
+     : ::pysteer::isa_level() == 3 ? ::pysteer::isa_avx512::__VA_ARGS__      \
+     : ::pysteer::isa_level() == 2 ? ::pysteer::isa_avx2::__VA_ARGS__        \
+                                   : ::pysteer::isa_base::__VA_ARGS__)
 #else
-#define PYSTEER_PICK(name) ::pysteer::isa_base::name
+#define PYSTEER_PICK(...) ::pysteer::isa_base::__VA_ARGS__
 #endif

@@ -69,6 +69,7 @@ class OpSpec:
         defaults: values of the arguments of the registered operator that `make_inputs` leaves out.
         wide: inputs that are given in fp64 to compute the truth.
         layouts: those of `LAYOUTS` that the op takes.
+        rowwise: further inputs with one entry per row of the first of `wide`, which get shorter together with it.
         compare: asserts that `result` is right, from `(result, truth, inputs, limit)` with `truth` in fp64 and `limit`
             a row of the table of tolerances; left out, every element of every tensor is held against `limit`.
     """
@@ -85,6 +86,7 @@ class OpSpec:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     wide: tuple[str, ...] = ("x",)
     layouts: tuple[str, ...] = LAYOUTS
+    rowwise: tuple[str, ...] = ()
     compare: Callable[[Any, Any, dict[str, Any], Any], None] | None = None
 
 
