@@ -1,5 +1,7 @@
 // affine_shift on the CPU: rows and tokens are split over threads, the inner loops are in affine_shift.simd.h.
 
+#include <limits>
+
 #include "registry.h"
 #include "steering_call.h"
 
@@ -15,23 +17,30 @@ namespace py = pybind11;
 namespace pysteer {
 namespace {
 
-constexpr std::int64_t kChunkBytes = 64 << 10;  // of one piece of work
+constexpr std::int64_t kChunkBytes = 64 << 10;    // of one piece of work
+constexpr std::int64_t kSummedBytes = 256 << 10;  // of one piece that is summed up
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Banks as they are, or, for the shift of the mean, one set per row: gain 1, the shift of the row as the bias, and
+// bounds that hold every value or none.
 struct AffineShift {
     Frame frame;
-    const float *gain, *bias;
+    const float *gain, *bias, *low, *high;
     std::vector<Row> rows;
     int threads;
     bool streaming;
 };
 
-// Called by all threads of a team, as is run_by_channel.
+inline std::int64_t tokens_in(std::int64_t bytes, std::int64_t bytes_of_token) {
+    return std::max<std::int64_t>(bytes / bytes_of_token, 1);
+}
+
+// Called by all threads of a team, as are the other functions with `omp for`.
 template <class T>
 void run_by_token(const T* x, T* y, const AffineShift& op) {
     const Frame& f = op.frame;
     const auto shift = PYSTEER_PICK(affine_tokens<T>);
-    const std::int64_t step = std::max<std::int64_t>(kChunkBytes / std::int64_t(f.width * sizeof(T)), 1);
-    const std::int64_t chunks = (f.tokens + step - 1) / step;
+    const std::int64_t step = tokens_in(kChunkBytes, f.width * sizeof(T)), chunks = (f.tokens + step - 1) / step;
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < f.rows * chunks; ++i) {
         const std::int64_t r = i / chunks, first = i % chunks * step, last = std::min(first + step, f.tokens);
@@ -39,17 +48,21 @@ void run_by_token(const T* x, T* y, const AffineShift& op) {
         const T* from = x + r * f.x_row;
         T* to = y + r * f.y_row;
         const std::int64_t start = std::clamp(row.start, first, last), end = std::clamp(row.end, start, last);
+        const std::int64_t bank = row.set * f.width;
         copy_tokens(from, to, first, start, f);
         shift(from + start * f.x_token, to + start * f.y_token, end - start, f.x_token, f.y_token, f.width,
-              op.gain + row.set * f.width, op.bias + row.set * f.width, row.strength, op.streaming);
+              op.gain + bank, op.bias + bank, op.low ? op.low + bank : nullptr, op.high ? op.high + bank : nullptr,
+              row.strength, op.streaming);
         copy_tokens(from, to, end, last, f);
     }
 }
 
+// With of_mean the mean is taken while the plane is on its way into the cache.
 template <class T>
-void run_by_channel(const T* x, T* y, const AffineShift& op) {
+void run_by_channel(const T* x, T* y, const AffineShift& op, bool of_mean) {
     const Frame& f = op.frame;
     const auto shift = PYSTEER_PICK(affine_plane<T>);
+    const auto sum = PYSTEER_PICK(sum_plane<T>);
     const bool in_place = static_cast<const void*>(x) == y;
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < f.rows * f.width; ++i) {
@@ -57,43 +70,127 @@ void run_by_channel(const T* x, T* y, const AffineShift& op) {
         const Row& row = op.rows[r];
         const T* from = x + r * f.x_row + d * f.x_channel;
         T* to = y + r * f.y_row + d * f.y_channel;
-        if (!in_place) {
-            std::memcpy(to, from, row.start * sizeof(T));
-            std::memcpy(to + row.end, from + row.end, (f.tokens - row.end) * sizeof(T));
-        }
-        if (row.start == row.end) continue;
         const std::int64_t bank = row.set * f.width + d;
-        shift(from + row.start, to + row.start, row.end - row.start, op.gain[bank], op.bias[bank], row.strength,
-              op.streaming);
+        std::int64_t start = row.start, end = row.end;
+        float gain = 1.0f, bias = 0.0f, strength = row.strength;
+        if (start < end) gain = op.gain[bank], bias = op.bias[bank];
+        const float *low = op.low ? op.low + bank : nullptr, *high = op.high ? op.high + bank : nullptr;
+        if (of_mean && start < end) {
+            const float mean = sum(from + start, end - start) / float(end - start);
+            bias = strength * ((gain - 1.0f) * mean + bias);
+            gain = strength = 1.0f;
+            if (low && !(mean > *low && mean < *high)) start = end = 0;
+            low = high = nullptr;
+        }
+        if (!in_place) {
+            std::memcpy(to, from, start * sizeof(T));
+            std::memcpy(to + end, from + end, (f.tokens - end) * sizeof(T));
+        }
+        if (start == end) continue;
+        shift(from + start, to + start, end - start, gain, bias, strength, low, high, op.streaming);
     }
 }
 
+// What the mean of each row and channel is to be shifted by, and whether it is: the banks of `run_by_token`.
+struct ShiftOfMean {
+    std::int64_t step, chunks;
+    std::vector<float> sums, gain, bias, low, high;
+
+    ShiftOfMean(const Frame& f, std::int64_t element, bool bounded)
+        : step(tokens_in(kSummedBytes, f.width * element)), chunks((f.tokens + step - 1) / step) {
+        sums.resize(f.rows * chunks * f.width);
+        gain.assign(f.rows * f.width, 1.0f);
+        bias.resize(f.rows * f.width);
+        if (bounded) {
+            low.resize(f.rows * f.width);
+            high.resize(f.rows * f.width);
+        }
+    }
+
+    template <class T>
+    void add_up(const T* x, const AffineShift& op) {
+        const Frame& f = op.frame;
+        const auto sum = PYSTEER_PICK(sum_tokens<T>);
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < f.rows * chunks; ++i) {
+            const std::int64_t r = i / chunks, first = i % chunks * step, last = std::min(first + step, f.tokens);
+            const Row& row = op.rows[r];
+            const std::int64_t start = std::clamp(row.start, first, last), end = std::clamp(row.end, start, last);
+            sum(x + r * f.x_row + start * f.x_token, end - start, f.x_token, f.width, sums.data() + i * f.width);
+        }
+    }
+
+    void finish(const AffineShift& op) {
+        const Frame& f = op.frame;
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < f.rows * f.width; ++i) {
+            const std::int64_t r = i / f.width, d = i % f.width;
+            const Row& row = op.rows[r];
+            if (row.start == row.end) continue;
+            double total = 0.0;
+            for (std::int64_t c = 0; c < chunks; ++c) total += sums[(r * chunks + c) * f.width + d];
+            const float mean = float(total) / float(row.end - row.start);
+            const std::int64_t bank = row.set * f.width + d;
+            bias[i] = row.strength * ((op.gain[bank] - 1.0f) * mean + op.bias[bank]);
+            if (!op.low) continue;
+            const bool inside = mean > op.low[bank] && mean < op.high[bank];
+            low[i] = inside ? -kInfinity : kInfinity;
+            high[i] = -low[i];
+        }
+    }
+
+    AffineShift as_shift(AffineShift op) const {
+        op.gain = gain.data();
+        op.bias = bias.data();
+        op.low = op.low ? low.data() : nullptr;
+        op.high = op.high ? high.data() : nullptr;
+        for (std::size_t r = 0; r < op.rows.size(); ++r) op.rows[r].set = std::int64_t(r);
+        for (Row& row : op.rows) row.strength = 1.0f;
+        return op;
+    }
+};
+
 template <class T>
-void run(std::uintptr_t x, std::uintptr_t y, const AffineShift& op) {
+void run(std::uintptr_t x, std::uintptr_t y, const AffineShift& op, bool of_mean) {
     const T* from = reinterpret_cast<const T*>(x);
     T* to = reinterpret_cast<T*>(y);
+    const bool by_token = op.frame.by_token();
+    if (by_token && of_mean) {
+        ShiftOfMean means(op.frame, sizeof(T), op.low);
+        const AffineShift shift = means.as_shift(op);
+#pragma omp parallel num_threads(op.threads) if (op.threads > 1)
+        {
+            means.add_up(from, op);
+            means.finish(op);
+            run_by_token(from, to, shift);
+            if (op.streaming) finish_streams();
+        }
+        return;
+    }
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
     {
-        if (op.frame.by_token()) {
+        if (by_token) {
             run_by_token(from, to, op);
         } else {
-            run_by_channel(from, to, op);
+            run_by_channel(from, to, op, of_mean);
         }
         if (op.streaming) finish_streams();
     }
 }
 
 int affine_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t gain, std::uintptr_t bias, std::uintptr_t slot,
-                 std::uintptr_t strength, std::uintptr_t clock, std::uintptr_t span, std::int64_t rows,
-                 std::int64_t tokens, std::int64_t width, std::int64_t x_row, std::int64_t x_token,
-                 std::int64_t x_channel, std::int64_t y_row, std::int64_t y_token, std::int64_t y_channel,
-                 std::int64_t sets, std::int64_t steps, std::int64_t capacity, std::int64_t dtype,
-                 std::int64_t threads) {
+                 std::uintptr_t strength, std::uintptr_t clock, std::uintptr_t span, std::uintptr_t low,
+                 std::uintptr_t high, std::int64_t rows, std::int64_t tokens, std::int64_t width, std::int64_t x_row,
+                 std::int64_t x_token, std::int64_t x_channel, std::int64_t y_row, std::int64_t y_token,
+                 std::int64_t y_channel, std::int64_t sets, std::int64_t steps, std::int64_t capacity,
+                 std::int64_t dtype, bool of_mean, std::int64_t threads) {
     const py::gil_scoped_release release;
     AffineShift op;
     op.frame = {rows, tokens, width, x_row, x_token, x_channel, y_row, y_token, y_channel};
     op.gain = reinterpret_cast<const float*>(gain);
     op.bias = reinterpret_cast<const float*>(bias);
+    op.low = reinterpret_cast<const float*>(low);
+    op.high = reinterpret_cast<const float*>(high);
     const Table table{reinterpret_cast<const std::int32_t*>(slot),
                       reinterpret_cast<const float*>(strength),
                       reinterpret_cast<const std::int64_t*>(clock),
@@ -106,9 +203,9 @@ int affine_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t gain, std::u
     const std::int64_t bytes = rows * tokens * width * element_size(type);
     op.threads = threads_for(bytes, threads);
     op.streaming = worth_streaming(reinterpret_cast<void*>(x), reinterpret_cast<void*>(y), bytes);
-    if (type == DType::float32) run<float>(x, y, op);
-    if (type == DType::bfloat16) run<BFloat16>(x, y, op);
-    if (type == DType::float16) run<Float16>(x, y, op);
+    if (type == DType::float32) run<float>(x, y, op, of_mean);
+    if (type == DType::bfloat16) run<BFloat16>(x, y, op, of_mean);
+    if (type == DType::float16) run<Float16>(x, y, op, of_mean);
     return ok;
 }
 

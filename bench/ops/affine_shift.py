@@ -12,10 +12,16 @@ ROWS = [
     Row("affine_shift", Case(32, 4096, 2048, BF16, strength="one"), GPU),
     Row("affine_shift", Case(32, 4096, 2048, FP32, strength="one"), GPU),
     Row("affine_shift", Case(64, 4096, 1280, BF16, "channels_first", "one"), GPU),
+    *[Row("affine_shift", Case(4, 1024, 2048, BF16, strength="one"), BOTH, name) for name in ("bounded", "mean")],
+    *[
+        Row("affine_shift", Case(4, 4096, 320, BF16, layout, "one"), BOTH, "bounded-mean")
+        for layout in ("channels_first", "channels_last")
+    ],
 ]
 floor = copy_of_x
 
 
 def cost(case: Case) -> tuple[int, int]:
-    """One read, one write; a product and a sum per element."""
-    return copied(case), 2 * elements(case)
+    """One read, one write; a product and a sum per element. A shift of the mean reads twice and adds everything up."""
+    of_mean = bool(case.options.get("of_mean"))
+    return copied(case) // 2 * (2 + of_mean), (2 + of_mean) * elements(case)

@@ -9,6 +9,8 @@
 //   load2_as(T{}, p, a, b)          2 kLanes floats in the order that load2 has for T
 //   put2<T, kStream>(p, a, b)       2 kLanes elements in that order; kStream: past the caches, p aligned to the bytes
 //   sum4(a, b, c, d, out)           the sums of the lanes of four vectors
+//   within(v, low, high)            a Mask: where low < v < high
+//   put2_where<T, kStream>(p, from, m, n, a, b)   as put2 where m and n say so, elsewhere the bits that are at `from`
 
 #if PYSTEER_ISA_LEVEL >= 3
 
@@ -17,6 +19,7 @@ constexpr int kLanes = 16;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float a) { return _mm512_set1_ps(a); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -97,6 +100,36 @@ inline void put2<float, true>(float* p, Vec a, Vec b) {
 
 inline __m256 fold(Vec v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 
+using Mask = __mmask16;
+inline Mask within(Vec v, Vec low, Vec high) {
+    return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, low, _CMP_GT_OQ), v, high, _CMP_LT_OQ);
+}
+inline __m512i choose2(BFloat16, Mask m, Mask n, __m512i both, __m512i old) {
+    const __m512i pick =
+        _mm512_or_si512(_mm512_maskz_set1_epi32(m, 0xffff), _mm512_maskz_set1_epi32(n, int(0xffff0000)));
+    return _mm512_ternarylogic_epi32(pick, both, old, 0xca);
+}
+inline __m512i choose2(Float16, Mask m, Mask n, __m512i both, __m512i old) {
+    return _mm512_mask_mov_epi16(old, __mmask32(m) | __mmask32(n) << 16, both);
+}
+template <class T, bool kStream>
+inline void put2_where(T* p, const T* from, Mask m, Mask n, Vec a, Vec b) {
+    const __m512i both = choose2(T{}, m, n, join2(T{}, a, b), _mm512_loadu_si512(from));
+    if (kStream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+    } else {
+        _mm512_storeu_si512(p, both);
+    }
+}
+template <>
+inline void put2_where<float, false>(float* p, const float* from, Mask m, Mask n, Vec a, Vec b) {
+    put2<float, false>(p, _mm512_mask_mov_ps(load(from), m, a), _mm512_mask_mov_ps(load(from + kLanes), n, b));
+}
+template <>
+inline void put2_where<float, true>(float* p, const float* from, Mask m, Mask n, Vec a, Vec b) {
+    put2<float, true>(p, _mm512_mask_mov_ps(load(from), m, a), _mm512_mask_mov_ps(load(from + kLanes), n, b));
+}
+
 #elif PYSTEER_ISA_LEVEL == 2
 
 using Vec = __m256;
@@ -104,6 +137,7 @@ constexpr int kLanes = 8;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float a) { return _mm256_set1_ps(a); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -177,6 +211,37 @@ inline void put2<float, true>(float* p, Vec a, Vec b) {
 
 inline __m256 fold(Vec v) { return v; }
 
+using Mask = __m256;
+inline Mask within(Vec v, Vec low, Vec high) {
+    return _mm256_and_ps(_mm256_cmp_ps(v, low, _CMP_GT_OQ), _mm256_cmp_ps(v, high, _CMP_LT_OQ));
+}
+inline __m256i choose2(BFloat16, Mask m, Mask n, __m256i both, __m256i old) {
+    const __m256i pick = _mm256_blend_epi16(_mm256_castps_si256(m), _mm256_castps_si256(n), 0xaa);
+    return _mm256_blendv_epi8(old, both, pick);
+}
+inline __m256i choose2(Float16, Mask m, Mask n, __m256i both, __m256i old) {
+    const __m256i pairs = _mm256_packs_epi32(_mm256_castps_si256(m), _mm256_castps_si256(n));
+    return _mm256_blendv_epi8(old, both, _mm256_permute4x64_epi64(pairs, 0xd8));
+}
+template <class T, bool kStream>
+inline void put2_where(T* p, const T* from, Mask m, Mask n, Vec a, Vec b) {
+    const __m256i old = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i both = choose2(T{}, m, n, join2(T{}, a, b), old);
+    if (kStream) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), both);
+    } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+    }
+}
+template <>
+inline void put2_where<float, false>(float* p, const float* from, Mask m, Mask n, Vec a, Vec b) {
+    put2<float, false>(p, _mm256_blendv_ps(load(from), a, m), _mm256_blendv_ps(load(from + kLanes), b, n));
+}
+template <>
+inline void put2_where<float, true>(float* p, const float* from, Mask m, Mask n, Vec a, Vec b) {
+    put2<float, true>(p, _mm256_blendv_ps(load(from), a, m), _mm256_blendv_ps(load(from + kLanes), b, n));
+}
+
 #else
 
 using Vec = float;
@@ -184,6 +249,7 @@ constexpr int kLanes = 1;
 
 inline Vec zero() { return 0.0f; }
 inline Vec set1(float a) { return a; }
+inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec sub(Vec a, Vec b) { return a - b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -200,6 +266,13 @@ template <class T, bool kStream>
 inline void put2(T* p, Vec a, Vec b) {
     store(p, a);
     store(p + 1, b);
+}
+using Mask = bool;
+inline Mask within(Vec v, Vec low, Vec high) { return v > low && v < high; }
+template <class T, bool kStream>
+inline void put2_where(T* p, const T* from, Mask m, Mask n, Vec a, Vec b) {
+    p[0] = m ? from_float<T>(a) : from[0];
+    p[1] = n ? from_float<T>(b) : from[1];
 }
 inline void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = a;

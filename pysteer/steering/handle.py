@@ -377,6 +377,9 @@ def _check_shapes(table: Table, entry: PlanEntry) -> None:
     options = {name: value for name, value in table.options.items() if name != "channel_dim"}
     if parameters.options != options:
         raise InputError(f"{where}: options", value=parameters.options, allowed=str(options), fix="steer again")
+    if set(parameters.tensors) != set(table.bank):  # banks that an op may go without
+        found, allowed = (", ".join(sorted(names)) for names in (parameters.tensors, table.bank))
+        raise InputError(f"{where}: tensors", value=found, allowed=allowed, fix="steer again")
     for name, tensor in parameters.tensors.items():
         room = table.bank[name]
         if tensor.shape[1:] != room.shape[1:] or len(tensor) > len(room) - 1:

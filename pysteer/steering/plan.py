@@ -4,7 +4,8 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ _ROWS = {"cond": (1.0, 0.0), "uncond": (0.0, 1.0), "both": (1.0, 1.0)}
 _TABLE_ARGUMENTS = ("slot", "strength", "clock", "span", "channel_dim", "out")
 
 
+@cache
+def _arguments_of(op: str) -> tuple[list[str], list[str], list[str]]:
+    """Names of the banks of an op, of those that may be left out, all together, and of its options."""
+    parameters = dict(list(inspect.signature(registry.get(op).function).parameters.items())[1:])
+    names = list(parameters)
+    banks = names[: names.index("slot")]
+    rest = [name for name in names if name not in (*banks, *_TABLE_ARGUMENTS)]
+    bounds = [name for name in rest if Tensor in get_args(parameters[name].annotation)]
+    return banks, bounds, [name for name in rest if name not in bounds]
+
+
 @dataclass
 class SiteParameters:
     """Parameters of one op at one site.
@@ -26,7 +38,8 @@ class SiteParameters:
         site: name of the site.
         op: name of the op in `pysteer.ops`.
         steps: parameter set i is for step `steps[i]`; None for one set that serves every step.
-        tensors: the op's bank arguments by name, each `[len(steps) or 1, ...]`, floating point; used as fp32.
+        tensors: the op's bank arguments by name, each `[len(steps) or 1, ...]`, floating point; used as fp32. Banks
+            that the op takes as optional (`low`, `high` of `affine_shift`) are given all together or not at all.
         options: static options of the op.
     """
 
@@ -43,12 +56,12 @@ class SiteParameters:
 
     def check(self) -> None:
         """Raise an InputError unless names, options, shapes and values fit the op (the width needs the site)."""
-        arguments = list(inspect.signature(registry.get(self.op).function).parameters)
-        banks = arguments[1 : arguments.index("slot")]
-        options = [name for name in arguments if name not in (arguments[0], *banks, *_TABLE_ARGUMENTS)]
+        banks, bounds, options = _arguments_of(self.op)
         where = f"parameters of site {self.site} for {self.op}"
-        if set(self.tensors) != set(banks):
-            raise InputError(f"{where}, tensors", value=", ".join(sorted(self.tensors)), allowed=", ".join(banks))
+        given = set(self.tensors)
+        if given not in (set(banks), {*banks, *bounds}):
+            allowed = ", ".join(banks) + (f", and if wanted {', '.join(bounds)}" if bounds else "")
+            raise InputError(f"{where}, tensors", value=", ".join(sorted(given)), allowed=allowed)
         for option in self.options:
             if option not in options:
                 fix = did_you_mean(option, options)
@@ -60,9 +73,10 @@ class SiteParameters:
             if not tensor.is_floating_point() or tensor.dim() < 2 or len(tensor) != self.sets:
                 found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
                 raise InputError(f"{where}, {name}", value=found, allowed=f"floating point [{self.sets}, ...]")
-            # Minus infinity marks an unused entry in a bank of scores; never in one that holds vectors.
+            # Minus infinity marks an unused entry in a bank of scores; never in one that holds vectors. What is left
+            # out for no bounds may be infinite.
             usable = torch.isfinite(tensor) | ((tensor == -math.inf) & (tensor.dim() < most))
-            if not bool(usable.all()):
+            if not bool(usable.all() if name not in bounds else ~tensor.isnan().any()):
                 raise InputError(
                     f"{where}, {name}", value="NaN or infinity", allowed="finite values", fix="fit or load them again"
                 )

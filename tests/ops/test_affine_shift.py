@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from checking import bits
 
 from pysteer.errors import InputError
-from pysteer.ops import Case, get
+from pysteer.ops import Case, backend, get
 from pysteer.ops.affine_shift import affine_shift
 
 
@@ -91,3 +92,92 @@ def test_out_with_gradient_is_refused() -> None:
     i["x"].requires_grad_()
     with pytest.raises(InputError, match="out"):
         affine_shift(**i, out=torch.empty(4, 5, 6))
+
+
+NEXT = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["tokens", "channels_first"])
+def test_bounds_are_strict_and_per_channel(layout: str, dtype: torch.dtype, name: str | None) -> None:
+    width = 70
+    i = get("affine_shift").make_inputs(Case(2, 70, width, dtype, layout, "one"))
+    channel = i["channel_dim"]
+    values = torch.tensor([0.5, -0.5, NEXT, 0.25, -0.0, torch.nan, torch.inf, -torch.inf, 7.0, 1e-40])
+    i["x"].copy_(values[torch.arange(i["x"].numel()) % 10].view(i["x"].shape))
+    bounds = torch.tensor([[-0.5, 0.5], [-torch.inf, torch.inf], [0.25, 0.25], [-torch.inf, 0.5], [torch.nan, 1.0]])
+    low, high = bounds[torch.arange(width) % 5].expand(4, -1, -1).unbind(-1)
+    with backend(name):
+        y = affine_shift(**i, low=low.contiguous(), high=high.contiguous())
+        plain = affine_shift(**i)
+    shape = [1, 1, 1]
+    shape[channel] = width
+    x = i["x"].float()
+    inside = (x > low[0].reshape(shape)) & (x < high[0].reshape(shape))
+    assert 0.1 < inside.float().mean() < 0.7
+    assert torch.equal(bits(y)[inside], bits(plain)[inside])
+    assert torch.equal(bits(y)[~inside], bits(i["x"])[~inside])
+
+
+def test_formula_of_the_shifted_mean() -> None:
+    i = inputs_of(options={"of_mean": True})
+    low, high = torch.full((4, 6), -0.4), torch.full((4, 6), 0.5)
+    expected, step, touched = i["x"].clone(), int(i["clock"]), 0
+    for row in range(4):
+        which, s = int(i["slot"][step, row]), float(i["strength"][step, row])
+        start, end = i["span"][row].tolist()
+        for channel in range(6):
+            m = float(i["x"][row, start:end, channel].mean())
+            if which and s and -0.4 < m < 0.5:
+                g, b = float(i["gain"][which, channel]), float(i["bias"][which, channel])
+                expected[row, start:end, channel] += s * ((g - 1) * m + b)
+                touched += 1
+    assert 3 < touched < 15
+    torch.testing.assert_close(affine_shift(**i, low=low, high=high), expected)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_whose_mean_is_outside_keep_their_bits(layout: str, dtype: torch.dtype) -> None:
+    i = get("affine_shift").make_inputs(Case(3, 700, 40, dtype, layout, "one", options={"of_mean": True}))
+    x, channel = i["x"], i["channel_dim"] % i["x"].dim()
+    dims = [dim for dim in range(1, x.dim()) if dim != channel]
+    x.movedim(channel, -1)[0, ..., :20, :].copy_(torch.tensor([-0.0, 1e-40]).repeat(20))
+    bound = torch.zeros(4, 40)
+    y = affine_shift(**i, low=bound, high=bound + torch.inf)
+    above = (x.float().mean(dims, keepdim=True) > 0).expand_as(x)
+    assert 0.2 < above.float().mean() < 0.8
+    assert torch.equal(bits(y)[~above], bits(x)[~above])
+    assert (y != x)[above].float().mean() > 0.9
+    # a constant is added, so what varies within a channel stays
+    assert ((y.float() - x.float()).std(dims) < 0.02).all()
+
+
+def test_mean_of_long_rows_is_exact() -> None:
+    for layout in ("tokens", "channels_first"):
+        i = get("affine_shift").make_inputs(
+            Case(1, 200_000, 3, layout=layout, strength="one", options={"of_mean": True})
+        )
+        i["x"].add_(100.0)
+        truth = get("affine_shift").reference(**{**i, "x": i["x"].double()})
+        torch.testing.assert_close(affine_shift(**i).double(), truth, rtol=3e-7, atol=0)
+
+
+def test_gradient_goes_through_the_mean() -> None:
+    i = get("affine_shift").make_inputs(Case(2, 10, 3, strength="one", options={"of_mean": True}))
+    x = i.pop("x").requires_grad_()
+    step = int(i["clock"])
+    (gradient,) = torch.autograd.grad(affine_shift(x, **i)[:, 0].sum(), x)
+    gain = i["gain"][i["slot"][step, :2]]
+    torch.testing.assert_close(gradient[:, 1], (gain - 1) / 10)
+    torch.testing.assert_close(gradient[:, 0], 1 + (gain - 1) / 10)
+
+
+def test_bounds_come_together() -> None:
+    i = inputs_of()
+    bound = torch.zeros(4, 6)
+    with pytest.raises(InputError, match="high: got None; allowed: both bounds or none"):
+        affine_shift(**i, low=bound)
+    with pytest.raises(InputError, match=r"high: got 'float32 \[4, 5\]"):
+        affine_shift(**i, low=bound, high=bound[:, :5])
