@@ -12,6 +12,7 @@ from pysteer import files
 from pysteer.errors import InputError
 from pysteer.methods.base import tokens_of
 from pysteer.methods.statistics import BayesPrecision
+from pysteer.ops.linear_gate import linear_gate
 
 _FILE, _CONFIG = "gate.safetensors", "gate.json"
 
@@ -69,9 +70,7 @@ class RowGate:
         """P(source) of each row, `[R]` fp32, for `x` `[R, D]` or `[R, L, D]` (averaged over its tokens)."""
         if x.shape[-1] != self.weight.shape[1]:
             raise InputError("width of the rows to gate", value=x.shape[-1], allowed=str(self.weight.shape[1]))
-        rows = x.float().mean(1) if x.dim() == 3 else x.float()
-        logits = rows @ self.weight.to(rows.device).T + self.bias.to(rows.device)
-        return logits.softmax(-1)[:, 0]
+        return linear_gate(x, self.weight.to(x.device), self.bias.to(x.device))
 
     def __call__(self, x: Tensor) -> Tensor:
         """1.0 where the row passes, else 0.0; `[R]` fp32, ready for `handle.gate`."""
