@@ -105,7 +105,8 @@ def channel_moments_reference(
         size = values.abs()
         rows = [
             torch.full_like(mean, count), mean, m2,
-            values.amin(1), values.amax(1), size.mean(1, dtype=torch.float64), (size < eps).sum(1), (values == 0).sum(1),
+            values.amin(1), values.amax(1), size.mean(1, dtype=torch.float64),
+            (size < eps).sum(1), (values == 0).sum(1),
         ]  # fmt: skip
         moments = torch.stack([row.double() for row in rows])
     return moments if into is None else into.copy_(merge_moments(into, moments))
