@@ -16,6 +16,7 @@ from pysteer.families.base import find_family
 from pysteer.methods import Method, SiteFit
 from pysteer.methods.base import check_choice
 from pysteer.ops import registry
+from pysteer.steering.positions import Positions
 from pysteer.steering.site import Site
 
 Generate = Callable[[list[str], list[int]], object]
@@ -36,6 +37,7 @@ def fit(
     paired: bool = True,
     control: str | None = None,
     rows: str = "cond",
+    positions: Positions = "all",
     batch_size: int = 64,
     fit_seed: int = 0,
     settings: Mapping[str, Any] | None = None,
@@ -70,6 +72,8 @@ def fit(
             not work.
         rows: rows steered during a sequential fit, and by default later: "cond", "uncond" or "both". Parameters are
             always fitted from the conditional rows.
+        positions: tokens of every text that enter the fit, see `pysteer.steer`; `slice(1, None)` leaves out the first
+            token, whose activations dwarf all others in many language models.
         batch_size: prompts per batch when fitting at once.
         fit_seed: seed of the method and of the shuffle.
         settings: passed on to `pipe(...)`: cfg, tau, top_p, negative_prompts and so on.
@@ -96,13 +100,18 @@ def fit(
         prompts = prompts.shuffled(fit_seed)
     if generate is None:
         generate = _default_generate(pipe, chosen, settings or {})
-    work = _Work(pipe, method, chosen, visual_steps, prompts, rows, fit_seed, generate, progress)
+    work = _Work(pipe, method, chosen, visual_steps, prompts, rows, positions, fit_seed, generate, progress)
     fits = work.sequential() if sequential else work.at_once(batch_size)
-    parameters = [stack_fits(name, method.op, by_step) for name, by_step in fits.items()]
+    parts = {site.name: site.part for site in chosen}
+    parameters = [
+        stack_fits(name, method.op, by_step, lasting=family.lasting(pipe, parts[name]))
+        for name, by_step in fits.items()
+    ]
     meta = {
         "sites": [entry.site for entry in parameters],
         "steps": list(visual_steps),
         "rows": rows,
+        "positions": positions if isinstance(positions, str) else [positions.start, positions.stop],
         "sequential": sequential,
         "paired": prompts.groups.paired,
         "control": control,
@@ -125,6 +134,8 @@ def _checked_steps(steps: Iterable[int] | None, count: int) -> tuple[int, ...]:
 
 
 def _default_generate(pipe: Any, sites: list[Site], settings: Mapping[str, Any]) -> Generate:
+    if hasattr(pipe, "read"):
+        return lambda prompts, seeds: pipe.read(prompts, **settings)
     if all(site.part == "text" for site in sites) and hasattr(pipe, "encode_text"):
         return lambda prompts, seeds: pipe.encode_text(prompts)
     if not callable(pipe) or not hasattr(pipe, "encode_text"):
@@ -175,12 +186,10 @@ class _PromptSets:
 
     def aligned(self, pipe: Any) -> "_PromptSets":
         """With the token positions of paired texts that belong together."""
-        tokenizer = getattr(pipe, "text_tokenizer", None)
-        if not self.groups.paired or tokenizer is None:
+        if not self.groups.paired or not hasattr(pipe, "token_ids"):
             return self
-        limit = pipe.transformer.config.text_maxlen
         count = self.groups.source
-        ids = tokenizer(self.prompts[: 2 * count], truncation=True, max_length=limit)["input_ids"]
+        ids = pipe.token_ids(self.prompts[: 2 * count])
         pairs = [align_tokens(ids[i], ids[count + i]) for i in range(count)]
         first, second = (tuple(torch.tensor(pair[side]) for pair in pairs) for side in (0, 1))
         return replace(self, groups=replace(self.groups, source_positions=first, target_positions=second))
@@ -197,12 +206,15 @@ class _Work:
         steps: tuple[int, ...],
         prompts: _PromptSets,
         rows: str,
+        positions: Positions,
         seed: int,
         generate: Generate,
         progress: Progress | None,
     ) -> None:
         self.pipe, self.method, self.sites, self.rows, self.seed = pipe, method, sites, rows, seed
-        self.prompts = prompts.aligned(pipe) if any(site.part == "text" for site in sites) else prompts
+        self.positions = positions
+        texts = any(site.part == "text" for site in sites) and positions == "all"
+        self.prompts = prompts.aligned(pipe) if texts else prompts
         self.generate, self.progress = generate, progress
         self.wanted = {s.name: (0,) if s.part == "text" or s.layout == "rows" else steps for s in sites}
         self.total = sum(len(steps) for steps in self.wanted.values())
@@ -213,7 +225,7 @@ class _Work:
         if type(batch_size) is not int or batch_size < 1:
             raise InputError("batch_size", value=batch_size, allowed="a whole number above 0")
         every = {step for steps in self.wanted.values() for step in steps}
-        with Recorder(self.pipe, [site.name for site in self.sites], steps=every) as recorder:
+        with Recorder(self.pipe, [s.name for s in self.sites], steps=every, positions=self.positions) as recorder:
             for start in range(0, len(self.prompts.prompts), batch_size):
                 part = slice(start, start + batch_size)
                 self.generate(self.prompts.prompts[part], self.prompts.seeds[part])
@@ -225,7 +237,7 @@ class _Work:
 
     def sequential(self) -> dict[str, dict[int, SiteFit]]:
         """Fit every site when the generation reaches it, and steer the source rows by it from there on."""
-        with tapped(self.pipe, self.sites, self._fit_and_steer):
+        with tapped(self.pipe, self.sites, self._fit_and_steer, self.positions):
             self.generate(self.prompts.prompts, self.prompts.seeds)
         return self._finished()
 
@@ -234,8 +246,10 @@ class _Work:
             return x
         lengths = rows.lengths if site.layout == "tokens" else None
         own = None if lengths is None else lengths[: rows.cond]
-        fitted = self._fit(site, step, as_tokens(x[: rows.cond], site.layout), own)
-        return _steered(x, self.method.op, fitted, self._steered_rows(rows), site.layout, lengths)
+        tokens = as_tokens(x if own is None else rows.valid_first(x), site.layout)[: rows.cond]
+        fitted = self._fit(site, step, tokens, own)
+        spans = None if lengths is None else rows.spans
+        return _steered(x, self.method.op, fitted, self._steered_rows(rows), site.layout, spans)
 
     def _steered_rows(self, rows: PartRows) -> list[int]:
         source = range(self.prompts.groups.source)
@@ -263,17 +277,14 @@ class _Work:
         return self.fits
 
 
-def _steered(x: Tensor, op: str, fitted: SiteFit, rows: list[int], layout: str, lengths: Tensor | None) -> Tensor:
+def _steered(x: Tensor, op: str, fitted: SiteFit, rows: list[int], layout: str, spans: Tensor | None) -> Tensor:
     """`x` with `rows` moved by the fitted parameters, strength 1, through the op that will serve later."""
     if not rows:
         return x
     banks = {name: torch.stack((torch.zeros_like(t), t)) for name, t in fitted.tensors.items()}
     slot = torch.zeros(1, len(x), dtype=torch.int32, device=x.device)
     slot[0, rows] = 1
-    span = None
-    if lengths is not None:
-        ends = lengths.to(x.device, torch.int32)
-        span = torch.stack((torch.zeros_like(ends), ends), dim=1)
+    span = None if spans is None else spans.to(x.device, torch.int32)
     options = {**fitted.options, **({"channel_dim": 1} if layout == "channels" else {})}
     clock = torch.zeros((), dtype=torch.int64, device=x.device)
     strength = torch.ones(1, len(x), device=x.device)

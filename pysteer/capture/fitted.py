@@ -19,15 +19,18 @@ WEIGHTS, CONFIG = "parameters.safetensors", "config.json"
 _FORMAT = "pysteer-fitted-1"
 
 
-def stack_fits(site: str, op: str, fits: Mapping[int, SiteFit]) -> SiteParameters:
-    """Put the fits of one site, by step, into one set of parameters; ranks and the like are filled up with zeros."""
+def stack_fits(site: str, op: str, fits: Mapping[int, SiteFit], *, lasting: bool = False) -> SiteParameters:
+    """Put the fits of one site, by step, into one set of parameters; ranks and the like are filled up with zeros.
+
+    `lasting`: there is one step, and what was fitted there serves all.
+    """
     steps = tuple(sorted(fits))
     stacked = {}
     for name in fits[steps[0]].tensors:
         tensors = [fits[step].tensors[name] for step in steps]
         size = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
         stacked[name] = torch.stack([_fill(tensor, size) for tensor in tensors])
-    return SiteParameters(site, op, steps, stacked, dict(fits[steps[0]].options))
+    return SiteParameters(site, op, None if lasting else steps, stacked, dict(fits[steps[0]].options))
 
 
 def _fill(tensor: Tensor, size: list[int]) -> Tensor:
@@ -76,9 +79,9 @@ class Fitted:
             if site not in fitted:
                 fix = did_you_mean(site, fitted)
                 raise InputError("scheduled site was not fitted", value=site, allowed=brief(fitted), fix=fix)
-            steps = fitted[site].steps or ()
+            steps = fitted[site].steps
             for step in strengths:
-                if step not in steps:
+                if steps is not None and step not in steps:
                     allowed = ", ".join(map(str, steps))
                     raise InputError(f"scheduled step of {site} was not fitted", value=step, allowed=allowed)
         chosen = [entry for entry in self.parameters if entry.site in schedule]

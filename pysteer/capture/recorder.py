@@ -11,6 +11,7 @@ from pysteer.capture.taps import PartRows, as_tokens, choose_sites, tapped
 from pysteer.errors import InputError
 from pysteer.families.base import find_family
 from pysteer.methods.base import check_choice
+from pysteer.steering.positions import Positions, check_positions
 from pysteer.steering.site import Site
 
 
@@ -31,13 +32,20 @@ class Recorder:
         sites: names; "ffn" stands for all layers.
         steps: visual steps to keep, None for all; text sites and `pooled` have step 0 only and are always kept.
         rows: "cond", "uncond" or "all".
+        positions: tokens of each row to keep, see `pysteer.steer`.
     """
 
     def __init__(
-        self, obj: Any, sites: str | Iterable[str], *, steps: Iterable[int] | None = None, rows: str = "cond"
+        self,
+        obj: Any,
+        sites: str | Iterable[str],
+        *,
+        steps: Iterable[int] | None = None,
+        rows: str = "cond",
+        positions: Positions = "all",
     ) -> None:
         check_choice("rows to record", rows, ("cond", "uncond", "all"))
-        self._obj, self._rows = obj, rows
+        self._obj, self._rows, self._positions = obj, rows, check_positions(positions)
         self.sites = {site.name: site for site in choose_sites(find_family(obj), obj, sites)}
         self.steps = None if steps is None else frozenset(steps)
         self._kept: dict[tuple[str, int], list[Tensor]] = {}
@@ -45,7 +53,7 @@ class Recorder:
         self._context: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> "Recorder":
-        self._context = tapped(self._obj, self.sites.values(), self._see)
+        self._context = tapped(self._obj, self.sites.values(), self._see, self._positions)
         self._context.__enter__()
         return self
 
@@ -58,10 +66,13 @@ class Recorder:
         wanted = {"cond": slice(0, rows.cond), "uncond": slice(rows.cond, None), "all": slice(None)}[self._rows]
         once = site.part == "text" or site.layout == "rows"
         if (once or self.steps is None or step in self.steps) and len(x[wanted]):
-            tokens = as_tokens(x[wanted].detach(), site.layout).clone()
+            known = rows.lengths if site.layout == "tokens" else None
+            tokens = as_tokens(x.detach() if known is None else rows.valid_first(x.detach()), site.layout)[
+                wanted
+            ].clone()
             lengths = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64)
-            if rows.lengths is not None and site.layout == "tokens":
-                lengths = rows.lengths[wanted].to("cpu", torch.int64)
+            if known is not None:
+                lengths = known[wanted].to("cpu", torch.int64)
             self._kept.setdefault((site.name, step), []).append(tokens)
             self._lengths.setdefault((site.name, step), []).append(lengths)
         return x

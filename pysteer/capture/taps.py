@@ -1,6 +1,7 @@
 """Seeing every activation at a list of sites while a model runs, with its step and its rows; eager only."""
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +12,33 @@ from torch import Tensor
 from pysteer.errors import InputError, PysteerError
 from pysteer.families.base import Family, find_family
 from pysteer.steering.attach import attach
+from pysteer.steering.positions import Positions, check_positions, narrowed
 from pysteer.steering.site import Site, brief, did_you_mean
 
 
 @dataclass
 class PartRows:
-    """Rows of the running batch of one part, `[cond | uncond]`; `lengths` counts the valid tokens of each row."""
+    """Rows of the running batch of one part, `[cond | uncond]`; `spans` `[R, 2]` holds the valid tokens of each row."""
 
     cond: int = 0
     uncond: int = 0
-    lengths: Tensor | None = None
+    spans: Tensor | None = None
 
     @property
     def rows(self) -> int:
         return self.cond + self.uncond
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """How many tokens of each row are valid, None for all."""
+        return None if self.spans is None else self.spans[:, 1] - self.spans[:, 0]
+
+    def valid_first(self, x: Tensor) -> Tensor:
+        """Tokens `[R, L, D]` with the valid ones of each row in front, in order: padding on the left goes last."""
+        if self.spans is None or not bool(self.spans[:, 0].any()):
+            return x
+        places = torch.arange(x.shape[1], device=x.device) + self.spans[:, :1].to(x.device)
+        return x.take_along_dim((places % x.shape[1]).unsqueeze(-1), dim=1)
 
 
 See = Callable[[Site, int, Tensor, PartRows], Tensor]
@@ -51,6 +65,9 @@ class _Tap:
 def choose_sites(family: Family, obj: Any, names: str | Iterable[str]) -> list[Site]:
     """Sites by name; a name without its number ("ca_block") stands for all of them, in the model's order.
 
+    Any other name is taken as a regular expression for whole names (`.*layernorm.*`); a place in the model that has
+    several names is then taken once.
+
     Raises:
         InputError: no such site, or one given twice.
     """
@@ -58,6 +75,7 @@ def choose_sites(family: Family, obj: Any, names: str | Iterable[str]) -> list[S
     chosen: dict[str, Site] = {}
     for name in [names] if isinstance(names, str) else list(names):
         matches = [name] if name in known else [site for site in known if site.rpartition(".")[0] == name]
+        matches = matches or _matching(known, name)
         if not matches:
             raise InputError("unknown site", value=name, allowed=brief(known), fix=did_you_mean(name, known))
         for match in matches:
@@ -69,22 +87,42 @@ def choose_sites(family: Family, obj: Any, names: str | Iterable[str]) -> list[S
     return list(chosen.values())
 
 
+def _matching(known: Mapping[str, Site], pattern: str) -> list[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError("pattern of sites", value=pattern, allowed=f"a regular expression ({error})") from error
+    found: dict[tuple[Any, ...], str] = {}
+    for name, site in known.items():
+        if expression.fullmatch(name):
+            found.setdefault((site.part, site.path, site.element), name)
+    return list(found.values())
+
+
 @contextmanager
-def tapped(obj: Any, sites: Iterable[Site], see: See) -> Iterator[None]:
+def tapped(obj: Any, sites: Iterable[Site], see: See, positions: Positions = "all") -> Iterator[None]:
     """While the block runs, every activation at `sites` is replaced by `see(site, step, x, rows)`.
 
     Args:
         obj: a model or pipeline of a known family.
         sites: where to look.
         see: gets the site, the step of its clock, the activation as the module returned it, and the rows of the batch.
+        positions: tokens of each row that count as valid, see `pysteer.steer`.
     """
+    check_positions(positions)
     family = find_family(obj)
     sites = list(sites)
     states = {site.part: PartRows() for site in sites}
 
     def on_rows(part: str, cond: int, uncond: int, lengths: Tensor | None) -> None:
         if part in states:
-            states[part].cond, states[part].uncond, states[part].lengths = cond, uncond, lengths
+            if lengths is not None:
+                lengths = narrowed(lengths, positions)
+            elif positions != "all":
+                raise InputError(
+                    f"positions of part {part}", value=positions, allowed="all: its rows have no lengths of their own"
+                )
+            states[part].cond, states[part].uncond, states[part].spans = cond, uncond, lengths
 
     def clock_of(part: str) -> Callable[[], Tensor]:
         return lambda: family.clock(obj, part)  # asked every time: a model moved to another device has another one

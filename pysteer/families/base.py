@@ -8,20 +8,27 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from pysteer.errors import InputError
 from pysteer.steering.site import Site
 
-OnRows = Callable[[str, int, int, Tensor | None], None]
+
+class OnRows(Protocol):
+    """Who is told about the rows of a run."""
+
+    def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None) -> None:
+        """See `Family.connect`."""
 
 
 class Family(ABC):
     """A kind of model: its sites, its row order and its clock. Parts ("visual", "text") have a clock and rows each."""
 
     name: str
+    capacity: int = 1  # rows that a table has room for from the start
+    announced: bool = True  # False: tables are filled before any run, since a compiled run cannot announce its rows
 
     @abstractmethod
     def matches(self, obj: Any) -> bool:
@@ -48,8 +55,13 @@ class Family(ABC):
         """Have `on_rows(part, cond, uncond, lengths)` called when a run of a part starts.
 
         The rows of the batch are `[cond rows | uncond rows]`; one of the counts is zero or both are equal. `lengths`,
-        int `[cond + uncond]` or None, says how many tokens of each row count. Returns a function that disconnects.
+        int `[cond + uncond]`, says how many tokens of each row count, or `[cond + uncond, 2]` the first one and the one
+        behind the last; None for all tokens. Returns a function that disconnects.
         """
+
+    def lasting(self, obj: Any, part: str) -> bool:
+        """Whether what is fitted at step 0 of `part` serves all its steps."""
+        return False
 
 
 _FAMILIES: list[Family] = []

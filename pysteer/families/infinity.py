@@ -1,4 +1,4 @@
-"""Infinity: our port, its pipeline, models made by the published code, and the T5 encoder in front of them.
+"""Infinity: our port, its pipeline with the T5 encoder in front of it, and models made by the published code.
 
 Sites of the transformer (part "visual"), layer i counted from 0:
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pysteer.errors import InputError
 from pysteer.families.base import Family, OnRows, register
+from pysteer.families.transformers import text_sites
 from pysteer.steering.site import Site
 
 LOCATIONS = ("sa", "ca", "ffn", "ca_block")
@@ -38,11 +39,6 @@ def _is_port(obj: Any) -> bool:
 def _is_published(obj: Any) -> bool:
     names = ("unregistered_blocks", "autoregressive_infer_cfg", "text_proj_for_sos")
     return isinstance(obj, nn.Module) and all(hasattr(obj, name) for name in names)
-
-
-def _is_encoder(obj: Any) -> bool:
-    encoder = getattr(obj, "encoder", None)
-    return isinstance(obj, nn.Module) and hasattr(encoder, "block") and hasattr(encoder, "final_layer_norm")
 
 
 class _Hub:
@@ -73,8 +69,8 @@ class _Hub:
 
 
 class InfinityFamily(Family):
-    """Takes an `InfinityPipeline` (both parts), a transformer of the port or of the published code (visual), or a
-    `T5EncoderModel` (text)."""
+    """Takes an `InfinityPipeline` (both parts), or a transformer of the port or of the published code (visual). A T5
+    encoder on its own is a model of the family `transformers`, where it has the same names."""
 
     name = "infinity"
 
@@ -82,13 +78,11 @@ class InfinityFamily(Family):
         self._hubs: WeakKeyDictionary[nn.Module, _Hub] = WeakKeyDictionary()
 
     def matches(self, obj: Any) -> bool:
-        return _is_pipeline(obj) or _is_port(obj) or _is_published(obj) or _is_encoder(obj)
+        return _is_pipeline(obj) or _is_port(obj) or _is_published(obj)
 
     def parts(self, obj: Any) -> tuple[str, ...]:
         """The parts that `obj` has."""
-        if _is_pipeline(obj):
-            return ("visual", "text")
-        return ("text",) if not (_is_port(obj) or _is_published(obj)) else ("visual",)
+        return ("visual", "text") if _is_pipeline(obj) else ("visual",)
 
     def root(self, obj: Any, part: str) -> nn.Module:
         if part not in self.parts(obj):
@@ -102,7 +96,7 @@ class InfinityFamily(Family):
         if "visual" in self.parts(obj):
             found.update(_visual_sites(self.root(obj, "visual")))
         if "text" in self.parts(obj):
-            found.update(_text_sites(self.root(obj, "text")))
+            found.update(text_sites(self.root(obj, "text")))
         return found
 
     def layers(self, obj: Any) -> int:
@@ -124,7 +118,7 @@ class InfinityFamily(Family):
         root: Any = self.root(obj, part)
         if part == "visual" and _is_port(root):
             return root.clock
-        if part == "text" and _is_pipeline(obj):
+        if part == "text":
             return obj.text_clock
         hub = self._hub(root)
         hub.clock = hub.clock.to(_device(root))
@@ -145,9 +139,7 @@ class InfinityFamily(Family):
             if _is_port(root):
                 return _subscribe(root.row_listeners, on_rows)
             return self._hub(root).listen(on_rows, lambda hub: _watch_published(root, hub))
-        if _is_pipeline(obj):
-            return _subscribe(obj.text_row_listeners, on_rows)
-        return self._hub(root).listen(on_rows, lambda hub: _watch_encoder(root, hub))
+        return _subscribe(obj.text_row_listeners, on_rows)
 
     def _hub(self, root: nn.Module) -> _Hub:
         hub = self._hubs.get(root)
@@ -186,16 +178,6 @@ def _visual_sites(transformer: Any) -> dict[str, Site]:
     return found
 
 
-def _text_sites(encoder: Any) -> dict[str, Site]:
-    width = int(encoder.config.d_model)
-    found = {}
-    for i in range(len(encoder.encoder.block)):
-        name = f"text.block.{i}"
-        found[name] = Site(name, f"encoder.block.{i}", part="text", element=0, width=width)
-    found["text.output"] = Site("text.output", "encoder.final_layer_norm", part="text", width=width)
-    return found
-
-
 def _watch_published(model: nn.Module, hub: _Hub) -> Callable[[], None]:
     """Learn rows from the arguments of `autoregressive_infer_cfg` and the scale from those of the first block."""
     name = "autoregressive_infer_cfg"
@@ -228,21 +210,6 @@ def _watch_published(model: nn.Module, hub: _Hub) -> Callable[[], None]:
                 model.__dict__[name] = before
 
     return restore
-
-
-def _watch_encoder(encoder: nn.Module, hub: _Hub) -> Callable[[], None]:
-    """Learn rows and lengths from the arguments of a T5 encoder that is called on its own."""
-    signature = inspect.signature(type(encoder).forward)
-
-    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind_partial(module, *args, **kwargs).arguments
-        ids = given.get("input_ids")
-        given_rows = ids if ids is not None else given.get("inputs_embeds")
-        mask = given.get("attention_mask")
-        if given_rows is not None:
-            hub.tell("text", len(given_rows), 0, None if mask is None else mask.sum(-1))
-
-    return encoder.register_forward_pre_hook(read, with_kwargs=True).remove
 
 
 register(InfinityFamily())

@@ -11,6 +11,7 @@ from torch import Tensor
 from pysteer.errors import InputError, PysteerError
 from pysteer.steering.attach import Attachment, attach
 from pysteer.steering.plan import Plan, PlanEntry
+from pysteer.steering.positions import Positions, check_positions, narrowed
 from pysteer.steering.table import ALL_TOKENS, Table
 
 Strength = float | Tensor | Mapping[str, float | Tensor]
@@ -47,26 +48,49 @@ class _Part:
     cond: int = 0
     uncond: int = 0
     span: Tensor | None = None
+    everything: bool = False  # whether the span was written for a run without lengths
+    positions: Positions = "all"
     written: tuple[Any, ...] | None = None
 
     @property
     def prompts(self) -> int:
         return max(self.cond, self.uncond)
 
+    @property
+    def device(self) -> torch.device:
+        return self.tables[0].device
+
+    @torch.no_grad()
     def set_span(self, lengths: Tensor | None) -> None:
-        """Touch the first `lengths[r]` tokens of row r, all tokens where there are no lengths."""
-        if self.span is None and lengths is None:
+        """Touch the first `lengths[r]` tokens of row r, or those of a span `[R, 2]`; all tokens without lengths."""
+        if self.span is None and lengths is None and self.positions == "all":
             return
-        capacity, device = self.tables[0].capacity, self.tables[0].device
-        if self.span is None or len(self.span) < capacity or self.span.device != device:
-            with torch.inference_mode(False):
-                self.span = torch.zeros(capacity, 2, dtype=torch.int32, device=device)
+        room = self.tables[0].capacity
+        fits = self.span is not None and len(self.span) >= room and self.span.device == self.device
+        shared = all(table.span is self.span for table in self.tables if table.site.layout == "tokens")
+        if fits and shared and lengths is None and self.everything:
+            return
         for table in self.tables:
             table.settle()
+        if not fits:
+            with torch.inference_mode(False):
+                self.span = torch.zeros(room, 2, dtype=torch.int32, device=self.device)
+        for table in self.tables:
             table.span = self.span if table.site.layout == "tokens" else None
-        self.span[:, 1] = ALL_TOKENS
+        self.follow(lengths)
+
+    def follow(self, lengths: Tensor | None) -> None:
+        """Write lengths or spans of the rows of a batch; tensor code alone, for compiled graphs as well."""
+        assert self.span is not None
+        closed = isinstance(self.positions, slice) and self.positions.stop is not None
+        self.everything = lengths is None
+        self.span[:, 0] = 0
+        self.span[:, 1] = 0 if closed else ALL_TOKENS
         if lengths is not None:
-            self.span[: self.cond + self.uncond, 1].copy_(lengths)
+            if len(lengths) > len(self.span):
+                allowed = f"at most {len(self.span)} in a compiled run"
+                raise InputError("rows of the batch", value=len(lengths), allowed=allowed, fix="steer(..., capacity=)")
+            self.span[: len(lengths)].copy_(narrowed(lengths, self.positions))
 
 
 class _Listener:
@@ -79,6 +103,11 @@ class _Listener:
         if self._handle is not None:
             self._handle.rows(part, cond, uncond, lengths)
 
+    def follow(self, part: str, lengths: Tensor | None) -> None:
+        """What a run inside a compiled graph can tell: which tokens of its rows count."""
+        if self._handle is not None:
+            self._handle.follow(part, lengths)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _Listener, ()
 
@@ -89,13 +118,16 @@ class Handle:
     Changes are written in place into tensors on the device: no recompile, no graph break, no wait for the device.
     """
 
-    def __init__(self, obj: Any, plan: Plan, *, strength: Strength, capacity: int | None) -> None:
+    def __init__(
+        self, obj: Any, plan: Plan, *, strength: Strength, capacity: int | None, positions: Positions = "all"
+    ) -> None:
         from pysteer.families.base import find_family  # families stand on steering, not the other way round
 
         self._obj = obj
         self._family = find_family(obj)
         self._sites = self._family.sites(obj)
-        self._capacity = capacity or 1
+        self._capacity = capacity or self._family.capacity
+        self._positions = check_positions(positions)
         self._gate: Tensor | None = None
         self._attachments: list[Attachment] = []
         self._disconnect: Callable[[], None] | None = None
@@ -115,7 +147,8 @@ class Handle:
             site = self._sites[entry.parameters.site]
             if site.part not in self._parts:
                 clock = self._family.clock(self._obj, site.part)
-                self._parts[site.part] = _Part(site.part, self._family.steps(self._obj, site.part), clock)
+                steps = self._family.steps(self._obj, site.part)
+                self._parts[site.part] = _Part(site.part, steps, clock, positions=self._positions)
             part = self._parts[site.part]
             table = Table(entry, site, steps=part.steps, clock=part.clock, capacity=self._capacity)
             table.try_out()
@@ -123,6 +156,24 @@ class Handle:
             part.entries.append(entry)
         for part in self._parts.values():
             self._check_fits(part, self._strength)
+            if not self._family.announced:
+                self._fill(part)
+
+    def _fill(self, part: _Part) -> None:
+        """Fill the tables for a batch of any size: up to the capacity, or as many rows as the strength has entries."""
+        given = [self._of_part(part.name, self._strength), self._gate]
+        sizes = [value.shape[-1] for value in given if isinstance(value, Tensor)]
+        rows = max([part.tables[0].capacity if not sizes else 0, *sizes])
+        for table, entry in zip(part.tables, part.entries, strict=True):
+            table.reserve(entry, part.steps, rows)
+        part.set_span(torch.full((rows,), ALL_TOKENS, dtype=torch.int32, device=part.device))
+        self._write(part, rows)
+
+    def follow(self, part: str, lengths: Tensor | None) -> None:
+        """Which tokens of the rows of a compiled run count; called by the family inside the graph."""
+        state = self._parts.get(part)
+        if state is not None:
+            state.follow(lengths)
 
     def __enter__(self) -> "Handle":
         if self._disconnect is not None:
@@ -198,7 +249,8 @@ class Handle:
         Args:
             part: the part of the model that is about to run.
             cond, uncond: numbers of rows; one is zero or both are equal.
-            lengths: int `[cond + uncond]`, how many tokens of each row count (layout "tokens"); None for all.
+            lengths: int `[cond + uncond]`, how many tokens of each row count (layout "tokens"), or `[cond + uncond,
+                2]` the first and the one behind the last; None for all.
 
         Raises:
             InputError: rows that are not ordered so, or a strength or gate for another number of prompts.
@@ -224,10 +276,9 @@ class Handle:
                 table.reserve(entry, state.steps, cond + uncond if cond + uncond <= table.capacity else room)
         for table in state.tables:
             table.clock = state.clock
-        if lengths is not None or state.span is not None:
-            state.set_span(lengths)
+        state.set_span(lengths)
         if not unchanged:
-            self._write(state)
+            self._write(state, cond, uncond)
             state.written = now
 
     def update(self, plan: Plan) -> None:
@@ -276,6 +327,7 @@ class Handle:
     def _check_ran(self) -> None:
         report = self.report()
         announced = any(part.written is not None for part in self._parts.values())
+        announced |= not self._family.announced and any(entry.calls for entry in report)
         if not announced and any(entry.calls for entry in report):
             raise PysteerError(
                 f"the {self._family.name} model ran, but its rows were never announced: nothing was steered"
@@ -293,14 +345,16 @@ class Handle:
         self.ensure()
         for part in self._parts.values():
             if part.written is not None:
-                self._write(part)
+                self._write(part, part.cond, part.uncond)
+            elif not self._family.announced:
+                self._fill(part)
 
-    def _write(self, part: _Part) -> None:
+    def _write(self, part: _Part, cond: int, uncond: int = 0) -> None:
         factors: dict[torch.device, float | Tensor] = {}
         for table in part.tables:
             if table.device not in factors:
                 factors[table.device] = self._factor(part, table)
-            table.write(part.cond, part.uncond, factors[table.device])
+            table.write(cond, uncond, factors[table.device])
 
     @torch.no_grad()
     def _factor(self, part: _Part, table: Table) -> float | Tensor:
@@ -387,7 +441,9 @@ def _check_shapes(table: Table, entry: PlanEntry) -> None:
             raise InputError(f"{where}: shape of {name}", value=list(tensor.shape), allowed=allowed, fix="steer again")
 
 
-def steer(obj: Any, plan: Plan, *, strength: Strength = 1.0, capacity: int | None = None) -> Handle:
+def steer(
+    obj: Any, plan: Plan, *, strength: Strength = 1.0, capacity: int | None = None, positions: Positions = "all"
+) -> Handle:
     """Steer a model or a pipeline while a context lasts: `with steer(pipe, plan) as handle: ...`.
 
     Args:
@@ -395,6 +451,9 @@ def steer(obj: Any, plan: Plan, *, strength: Strength = 1.0, capacity: int | Non
         plan: what to change, where and how strongly.
         strength: factor on the plan's schedule, see `Handle.strength`.
         capacity: rows to reserve room for; by default it grows with the largest batch, which allocates.
+        positions: which tokens of a row are steered: "all", "last", or a slice such as `slice(3, None)` or
+            `slice(-2, None)`, counted without padding. New tokens of a running generation belong to "last" and to
+            slices without an end.
 
     Returns:
         The handle, a context manager. Leaving it restores the model exactly.
@@ -403,4 +462,4 @@ def steer(obj: Any, plan: Plan, *, strength: Strength = 1.0, capacity: int | Non
         InputError: unknown site, wrong width, step out of range, NaN or infinite parameters; nothing is attached then.
         PysteerError: on leaving the context after a run in which a planned site never ran.
     """
-    return Handle(obj, plan, strength=strength, capacity=capacity)
+    return Handle(obj, plan, strength=strength, capacity=capacity, positions=positions)

@@ -85,10 +85,14 @@ class InfinityPipeline:
             listener("text", cond, uncond, lengths)
         return encode_text(self.text_encoder, self.text_tokenizer, prompts, self.transformer.config.text_maxlen)
 
-    def _lengths(self, prompts: Sequence[str]) -> Tensor:
+    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of every prompt, without padding."""
         limit = self.transformer.config.text_maxlen
-        ids = self.text_tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
-        return torch.tensor([len(row) for row in ids], device=self.device)
+        ids: list[list[int]] = self.text_tokenizer(list(prompts), truncation=True, max_length=limit)["input_ids"]
+        return ids
+
+    def _lengths(self, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([len(row) for row in self.token_ids(prompts)], device=self.device)
 
     def pooled(self, condition: TextCondition) -> Tensor:
         """The pooled text vector ``[B, D]`` fp32 that drives the AdaLN."""
