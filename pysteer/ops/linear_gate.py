@@ -305,13 +305,14 @@ def _implementation(x: Tensor, kind: str = "gda", per_token: bool = False, chann
     return _choose(x, kind, per_token, channel_dim).backend
 
 
+_POOLED = "gates of rows; fp32, bf16, fp16 in all layouts with channels or tokens next to each other"
 SPEC = OpSpec(
     name="linear_gate",
     function=linear_gate,
     reference=linear_gate_reference,
     make_inputs=_make_inputs,
     implementation=_implementation,
-    backends={},
+    backends={"cpu": _POOLED, "triton": _POOLED},
     variants={
         "soft": {"part": "all"},
         "hard-span": {"threshold": 0.4},
