@@ -40,6 +40,27 @@ TOLERANCES: dict[tuple[str, ...], Tolerance] = {
     ),
     ("channel_moments", "plain", "bfloat16"): Tolerance(2e-5, 2e-5, "as in fp32: the result is not rounded to bf16"),
     ("channel_moments", "plain", "float16"): Tolerance(2e-5, 2e-5, "as in fp32: the result is not rounded to fp16"),
+    ("lowrank_features", "plain", "float32"): Tolerance(
+        1e-5, 1e-5, "elements are fp32 sums of r products, all else is fp64"
+    ),
+    ("lowrank_features", "plain", "bfloat16"): Tolerance(
+        1e-5, 1e-5, "as in fp32: factors are exact, results are not rounded"
+    ),
+    ("lowrank_features", "plain", "float16"): Tolerance(1e-5, 1e-5, "as in bf16"),
+    ("lowrank_features", "median", "float32"): Tolerance(
+        1e-5, 1e-5, "elements are fp32 sums of r products, all else is fp64"
+    ),
+    ("lowrank_features", "median", "bfloat16"): Tolerance(
+        1e-5, 1e-5, "as in fp32: factors are exact, results are not rounded"
+    ),
+    ("lowrank_features", "median", "float16"): Tolerance(1e-5, 1e-5, "as in bf16"),
+    ("lowrank_features", "closed", "float32"): Tolerance(
+        1e-5, 1e-5, "elements are fp32 sums of r products, all else is fp64"
+    ),
+    ("lowrank_features", "closed", "bfloat16"): Tolerance(
+        1e-5, 1e-5, "as in fp32: factors are exact, results are not rounded"
+    ),
+    ("lowrank_features", "closed", "float16"): Tolerance(1e-5, 1e-5, "as in bf16"),
 }
 
 
