@@ -62,7 +62,7 @@ template <class T>
 void run_by_channel(const T* x, T* y, const AffineShift& op, bool of_mean) {
     const Frame& f = op.frame;
     const auto shift = PYSTEER_PICK(affine_plane<T>);
-    const auto sum = PYSTEER_PICK(sum_plane<T>);
+    const auto sum = PYSTEER_PICK(sum_of<T>);
     const bool in_place = static_cast<const void*>(x) == y;
 #pragma omp for schedule(static) nowait
     for (std::int64_t i = 0; i < f.rows * f.width; ++i) {
@@ -76,7 +76,7 @@ void run_by_channel(const T* x, T* y, const AffineShift& op, bool of_mean) {
         if (start < end) gain = op.gain[bank], bias = op.bias[bank];
         const float *low = op.low ? op.low + bank : nullptr, *high = op.high ? op.high + bank : nullptr;
         if (of_mean && start < end) {
-            const float mean = sum(from + start, end - start) / float(end - start);
+            const float mean = float(sum(from + start, end - start)) / float(end - start);
             bias = strength * ((gain - 1.0f) * mean + bias);
             gain = strength = 1.0f;
             if (low && !(mean > *low && mean < *high)) start = end = 0;

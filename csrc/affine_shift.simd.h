@@ -2,6 +2,8 @@
 //
 // y = x + s ((g - 1) x + b) = a x + c with a = 1 + s (g - 1) and c = s b, where low < x < high if there are bounds.
 
+#include "sums.h"
+
 inline float scale_of(float gain, float strength) { return fma1(strength, gain - 1.0f, 1.0f); }
 
 // How the result is stored: into another buffer, into the source itself, or past the caches into another buffer. The
@@ -156,31 +158,4 @@ void sum_tokens(const T* x, std::int64_t tokens, std::int64_t stride, std::int64
     for (; t < tokens; ++t, x += stride) {
         for (std::int64_t d = 0; d < width; ++d) sums[d] += to_float(x[d]);
     }
-}
-
-// The sum of numbers that are next to each other, in pieces so that a long sum stays exact.
-template <class T>
-float sum_plane(const T* x, std::int64_t count) {
-    double total = 0.0;
-    while (count > 0) {
-        const std::int64_t piece = std::min<std::int64_t>(count, 4096);
-        Vec sum0 = zero(), sum1 = zero(), sum2 = zero(), sum3 = zero(), v0, v1, v2, v3;
-        std::int64_t t = 0;
-        for (; t + 4 * kLanes <= piece; t += 4 * kLanes) {
-            load2(x + t, v0, v1);
-            load2(x + t + 2 * kLanes, v2, v3);
-            sum0 = add(sum0, v0);
-            sum1 = add(sum1, v1);
-            sum2 = add(sum2, v2);
-            sum3 = add(sum3, v3);
-        }
-        float sums[4];
-        sum4(sum0, sum1, sum2, sum3, sums);
-        float part = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        for (; t < piece; ++t) part += to_float(x[t]);
-        total += part;
-        x += piece;
-        count -= piece;
-    }
-    return float(total);
 }
