@@ -3,7 +3,10 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from pysteer.methods.aura import AurA
 from pysteer.methods.base import REGISTRY, Method, SiteFit, create, register
+from pysteer.methods.gaussian_transport import GaussianTransport
+from pysteer.methods.linear_act import LinearAcT
 from pysteer.methods.mean_difference import MeanDifference
 from pysteer.methods.prototype import Prototype
 from pysteer.methods.random_direction import random_direction
@@ -15,7 +18,10 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "REGISTRY",
+    "AurA",
     "BayesPrecision",
+    "GaussianTransport",
+    "LinearAcT",
     "MeanDifference",
     "Method",
     "Prototype",
