@@ -1,9 +1,11 @@
 // sae_encode on the CPU: the largest of x W' + b per token, found tile by tile without keeping the products.
 //
-// Where the processor multiplies bfloat16 faster than floats, tokens and latents are rounded to it first. The products
-// are then known up to a margin that the lengths of what was rounded off bound; what may be among the largest is
-// computed again in fp32 from the tensors as they came. A token with too many such latents is done over in fp32.
+// Many tokens are screened: packed tokens times packed latents, in bfloat16 where the processor multiplies that faster.
+// The products are then known up to a margin that the lengths of what was rounded off bound, and what may be among the
+// largest is computed again as a dot product in fp32 from the tensors as they came. Few tokens, and tokens with too
+// many such latents, take the dot products of all latents. So a value is the same bits however it was found.
 
+#include <atomic>
 #include <functional>
 #include <vector>
 
@@ -21,17 +23,11 @@ struct Candidates {
     bool overflow;
 };
 
-// The latents of a panel.
+// Some latents.
 struct PanelOf {
     const float *bias, *threshold, *sizes, *errors;
     std::int64_t count;
     std::int32_t first;
-};
-
-// Of one thread.
-struct Scratch {
-    BFloat16* rounded;
-    float *floats, *lost;
 };
 
 namespace {
@@ -63,52 +59,39 @@ inline void cut(std::vector<std::uint64_t>& keys, std::int64_t keep) {
 
 }  // namespace
 
-// Some tokens and the panels of some latents.
-struct EncodeTile {
-    bool pairs, screening;
-    std::int64_t tokens, width, latents, first, panels, keep, room;
-    float *float_tokens, *float_panels, *sizes, *errors;
-    std::uint32_t *pair_tokens, *pair_panels;
-    TokenNorm* norms;
+// How a token narrows its candidates down to `keep`.
+struct Selection {
+    std::int64_t latents, width, keep, room;
     const float *bias, *threshold;
-    Candidates* candidates;
 
-    PanelOf panel(std::int64_t p, std::int64_t size) const {
-        const std::int64_t at = first + p * size;
-        return {bias + at,         threshold ? threshold + at : nullptr, sizes + p * size,
-                errors + p * size, std::min(size, latents - at),         std::int32_t(at)};
+    PanelOf panel(std::int64_t first, std::int64_t size) const {
+        const float* limits = threshold ? threshold + first : nullptr;
+        return {bias + first, limits, nullptr, nullptr, std::min(size, latents - first), std::int32_t(first)};
     }
 
-    // Bounds twice the rounding of a sum of `width` products, as a share of the lengths.
-    float share() const { return float(width + 32) * 0x1p-22f; }
+    // Drops all but the `keep` best of candidates that are exact.
+    void cut_exact(Candidates& mine) const {
+        static thread_local std::vector<std::uint64_t> keys;
+        keys.clear();
+        for (std::int64_t i = 0; i < mine.count; ++i) keys.push_back(key_of(mine.upper[i], mine.index[i]));
+        cut(keys, keep);
+        mine.count = std::int64_t(keys.size());
+        for (std::int64_t i = 0; i < mine.count; ++i) {
+            mine.upper[i] = mine.lower[i] = value_of(keys[i]);
+            mine.index[i] = index_of(keys[i]);
+        }
+        if (mine.count == keep) raise(mine, value_of(*std::min_element(keys.begin(), keys.end())));
+    }
 
     // Raises the limit to the last value that is kept for certain and drops what is below.
-    void shrink(Candidates& mine) const {
-        if (screening) {
-            narrow(mine);
-            mine.overflow = mine.overflow || mine.count > room;
-            if (mine.overflow) mine.count = 0;  // will be done over
-        } else {
-            static thread_local std::vector<std::uint64_t> keys;
-            keys.clear();
-            for (std::int64_t i = 0; i < mine.count; ++i) keys.push_back(key_of(mine.upper[i], mine.index[i]));
-            cut(keys, keep);
-            mine.count = std::int64_t(keys.size());
-            for (std::int64_t i = 0; i < mine.count; ++i) {
-                mine.upper[i] = mine.lower[i] = value_of(keys[i]);
-                mine.index[i] = index_of(keys[i]);
-            }
-            if (mine.count == keep) set_limit(mine, value_of(*std::min_element(keys.begin(), keys.end())));
-        }
-    }
-
     void narrow(Candidates& mine) const {
-        if (mine.count < keep) return;
-        static thread_local std::vector<float> lower;
-        lower.assign(mine.lower, mine.lower + mine.count);
-        for (float& each : lower) each = each == each ? each : __builtin_inff();
-        std::nth_element(lower.begin(), lower.begin() + (keep - 1), lower.end(), std::greater<>());
-        set_limit(mine, lower[keep - 1]);
+        if (mine.count >= keep) {
+            static thread_local std::vector<float> lower;
+            lower.assign(mine.lower, mine.lower + mine.count);
+            for (float& each : lower) each = each == each ? each : __builtin_inff();
+            std::nth_element(lower.begin(), lower.begin() + (keep - 1), lower.end(), std::greater<>());
+            raise(mine, lower[keep - 1]);
+        }
         std::int64_t kept = 0;
         for (std::int64_t i = 0; i < mine.count; ++i) {
             if (mine.upper[i] < mine.limit) continue;
@@ -119,7 +102,13 @@ struct EncodeTile {
         mine.count = kept;
     }
 
-    static void set_limit(Candidates& mine, float limit) {
+    void narrow_or_give_up(Candidates& mine) const {
+        narrow(mine);
+        mine.overflow = mine.overflow || mine.count > room;
+        if (mine.overflow) mine.count = 0;  // will be done over
+    }
+
+    static void raise(Candidates& mine, float limit) {
         if (limit != limit) limit = __builtin_inff();
         if (!(mine.limit >= limit)) mine.limit = limit;
     }
@@ -135,23 +124,25 @@ namespace py = pybind11;
 namespace pysteer {
 namespace {
 
-constexpr std::int64_t kPanelsAtOnce = 16;
 constexpr std::int64_t kChunk = 64;    // tokens that a thread takes at once
-constexpr std::int64_t kWidest = 48;   // of all panels
-constexpr std::int64_t kWorthIt = 64;  // latents per kept one from which screening pays
-
-enum class Form { floats, pairs, screening };
+constexpr std::int64_t kSlots = 8;     // threads that screen the same tokens
+constexpr std::int64_t kFew = 12;      // tokens that are not worth packing all latents for
+constexpr std::int64_t kWorthIt = 24;  // latents per kept one from which screening pays
 
 struct Encode {
     TokenFrame tokens;
     LatentFrame latents;
     const float *pre_bias, *bias, *threshold;
-    std::int64_t keep;
+    std::int64_t keep, share, group;
     bool relu;
     DType out;
     void* values;
     std::int32_t* indices;
     int threads;
+
+    Selection selection(std::int64_t room) const {
+        return {latents.latents, latents.width, keep, std::max<std::int64_t>(room, 192), bias, threshold};
+    }
 };
 
 template <class V>
@@ -164,167 +155,215 @@ void write(const std::vector<std::uint64_t>& keys, std::int64_t keep, bool relu,
     }
 }
 
-// Memory for some tokens, and the tile that describes it.
-struct Workspace {
-    std::int64_t block, panel, blocks, capacity;
-    Buffer<float> float_tokens, float_panels, sizes, errors, bounds;
-    Buffer<std::uint32_t> pair_tokens, pair_panels;
-    Buffer<TokenNorm> norms;
+// Sorts the keys of token n and writes the result.
+void write(const Encode& op, std::vector<std::uint64_t>& keys, std::int64_t n) {
+    cut(keys, op.keep);
+    std::sort(keys.begin(), keys.end(), std::greater<>());
+    const std::int64_t at = n * op.keep;
+    std::int32_t* indices = op.indices + at;
+    if (op.out == DType::float32) write(keys, op.keep, op.relu, static_cast<float*>(op.values) + at, indices);
+    if (op.out == DType::bfloat16) write(keys, op.keep, op.relu, static_cast<BFloat16*>(op.values) + at, indices);
+    if (op.out == DType::float16) write(keys, op.keep, op.relu, static_cast<Float16*>(op.values) + at, indices);
+}
+
+// Candidates of some tokens, empty.
+struct Pool {
+    std::int64_t capacity;
+    Buffer<float> bounds;
     Buffer<std::int32_t> index;
     std::vector<Candidates> candidates;
-    EncodeTile tile{};
 
-    Workspace(const Encode& op, std::int64_t tokens, Form form)
-        : block(PYSTEER_PICK(block_size)()), panel(PYSTEER_PICK(panel_size)()), blocks(ceil_div(tokens, block)) {
-        const std::int64_t width = op.latents.width, pairs = (width + 1) / 2, widest = kPanelsAtOnce * panel;
-        const bool packed = form != Form::floats;
-        const std::int64_t floats = packed ? 0 : width, both = packed ? pairs : 0;
-        tile.room = std::max<std::int64_t>((form == Form::screening ? 6 : 3) * op.keep, 192);
-        capacity = tile.room + kWidest + 16;
-        float_tokens = Buffer<float>(blocks * block * floats);
-        float_panels = Buffer<float>(widest * floats);
-        pair_tokens = Buffer<std::uint32_t>(blocks * block * both);
-        pair_panels = Buffer<std::uint32_t>(widest * both);
-        norms = Buffer<TokenNorm>(blocks * block);
-        sizes = Buffer<float>(widest);
-        errors = Buffer<float>(widest);
-        bounds = Buffer<float>(2 * tokens * capacity);
-        index = Buffer<std::int32_t>(tokens * capacity);
-        candidates.resize(tokens);
-        tile.pairs = packed;
-        tile.screening = form == Form::screening;
-        tile.width = width;
-        tile.latents = op.latents.latents;
-        tile.keep = op.keep;
-        tile.float_tokens = float_tokens.get();
-        tile.float_panels = float_panels.get();
-        tile.pair_tokens = pair_tokens.get();
-        tile.pair_panels = pair_panels.get();
-        tile.sizes = sizes.get();
-        tile.errors = errors.get();
-        tile.norms = norms.get();
-        tile.bias = op.bias;
-        tile.threshold = op.threshold;
-        tile.candidates = candidates.data();
+    Pool(std::int64_t count, std::int64_t room)
+        : capacity(room + kWidestPanel + 16), bounds(2 * count * capacity), index(count * capacity), candidates(count) {
+        clear();
     }
 
-    void start(std::int64_t tokens) {
-        tile.tokens = tokens;
-        for (std::int64_t t = 0; t < tokens; ++t) {
+    void clear() {
+        for (std::int64_t t = 0; t < std::int64_t(candidates.size()); ++t) {
             float* mine = bounds.get() + 2 * t * capacity;
             candidates[t] = {mine, mine + capacity, index.get() + t * capacity, 0, __builtin_nanf(""), false};
         }
     }
 };
 
-struct ThreadMemory {
-    Buffer<BFloat16> rounded;
-    Buffer<float> floats, lost;
-
-    ThreadMemory(std::int64_t width, bool packed)
-        : rounded(packed ? kWidest * (width + 2) : 0), floats(8 * width), lost(packed ? width : 0) {}
-
-    Scratch scratch() const { return {rounded.get(), floats.get(), lost.get()}; }
-};
-
-// The result of one token from its candidates; false where there were too many.
+// All dot products of tokens `ids`. Where there are few tokens, the threads share the latents too.
 template <class T, class W>
-bool finish(const Encode& op, const EncodeTile& tile, Candidates& mine, const T* x, const W* w, std::int64_t n,
-            float* floats) {
-    if (mine.overflow) return false;
-    static thread_local std::vector<std::uint64_t> keys;
-    keys.clear();
-    if (tile.screening) {
-        tile.narrow(mine);
-        const auto dot = PYSTEER_PICK(dot_latent<W>);
-        PYSTEER_PICK(token_floats<T>)(x, op.tokens.channel_stride, op.pre_bias, tile.width, floats);
-        for (std::int64_t i = 0; i < mine.count; ++i) {
-            const std::int32_t j = mine.index[i];
-            const float a = dot(floats, w + j * op.latents.latent_stride, tile.width) + op.bias[j];
-            if (!op.threshold || a > op.threshold[j]) keys.push_back(key_of(a, j));
-        }
-    } else {
-        for (std::int64_t i = 0; i < mine.count; ++i) keys.push_back(key_of(mine.upper[i], mine.index[i]));
-    }
-    cut(keys, op.keep);
-    std::sort(keys.begin(), keys.end(), std::greater<>());
-    std::int32_t* indices = op.indices + n * op.keep;
-    const std::int64_t at = n * op.keep;
-    if (op.out == DType::float32) write(keys, op.keep, op.relu, static_cast<float*>(op.values) + at, indices);
-    if (op.out == DType::bfloat16) write(keys, op.keep, op.relu, static_cast<BFloat16*>(op.values) + at, indices);
-    if (op.out == DType::float16) write(keys, op.keep, op.relu, static_cast<Float16*>(op.values) + at, indices);
-    return true;
-}
-
-// Tokens `ids` of a tile; returns those that have to be done over.
-template <class T, class W>
-std::vector<std::int64_t> encode_tile(const Encode& op, const std::vector<std::int64_t>& ids, const T* x, const W* w,
-                                      Workspace& space) {
-    EncodeTile& tile = space.tile;
-    const std::int64_t count = std::int64_t(ids.size()), blocks = ceil_div(count, space.block);
-    const std::int64_t chunk = std::clamp(count / op.threads / space.block, std::int64_t(1), kChunk / space.block);
-    const std::int64_t step = kPanelsAtOnce * space.panel, width = op.latents.width;
-    std::vector<const T*> tokens(count);
-    for (std::int64_t t = 0; t < count; ++t) tokens[t] = x + op.tokens.offset(ids[t]);
-    std::vector<char> done(count);
-    space.start(count);
+void encode_all(const Encode& op, const std::vector<std::int64_t>& ids, const T* x, const W* w) {
+    const std::int64_t count = std::int64_t(ids.size()), width = op.latents.width;
+    const std::int64_t chunk = std::clamp<std::int64_t>(ceil_div(ceil_div(count, op.threads), 6) * 6, 6, kChunk);
+    const std::int64_t chunks = ceil_div(count, chunk);
+    const std::int64_t most = ceil_div(op.latents.latents, 4 * kWidestPanel);
+    const std::int64_t splits = chunks >= op.threads ? 1 : std::min(most, ceil_div(2 * op.threads, chunks));
+    const std::int64_t part = ceil_div(ceil_div(op.latents.latents, splits), kWidestPanel) * kWidestPanel;
+    const Selection selection = op.selection(3 * op.keep);
+    Pool pool(count * splits, selection.room);
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
     {
-        const ThreadMemory memory(width, tile.pairs);
-        Scratch scratch = memory.scratch();
+        const Buffer<float> floats(std::min(chunk, count) * width);
+        std::vector<std::uint64_t> keys;
+#pragma omp for schedule(dynamic)
+        for (std::int64_t i = 0; i < chunks * splits; ++i) {
+            const std::int64_t first = i / splits * chunk, split = i % splits, tokens = std::min(chunk, count - first);
+            for (std::int64_t t = 0; t < tokens; ++t) {
+                PYSTEER_PICK(token_floats<T>)
+                (x + op.tokens.offset(ids[first + t]), op.tokens.channel_stride, op.pre_bias, width,
+                 floats.get() + t * width);
+            }
+            PYSTEER_PICK(encode_dots<W>)
+            (floats.get(), tokens, w, op.latents, split * part, std::min((split + 1) * part, op.latents.latents),
+             selection, pool.candidates.data() + split * count + first);
+        }
+#pragma omp for schedule(static)
+        for (std::int64_t t = 0; t < count; ++t) {
+            keys.clear();
+            for (std::int64_t split = 0; split < splits; ++split) {
+                const Candidates& mine = pool.candidates[split * count + t];
+                for (std::int64_t i = 0; i < mine.count; ++i) keys.push_back(key_of(mine.upper[i], mine.index[i]));
+            }
+            write(op, keys, ids[t]);
+        }
+    }
+}
+
+// Of whole groups of tokens that share their places: raises the limits to what the group keeps for certain.
+void share_limits(const Encode& op, const Selection& selection, std::vector<Candidates>& candidates,
+                  std::int64_t tokens) {
+    std::vector<float> group;
+    for (std::int64_t first = 0; first < tokens; first += op.group) {
+        group.clear();
+        bool whole = true;
+        for (std::int64_t t = first; t < first + op.group; ++t) {
+            Candidates& mine = candidates[t];
+            whole = whole && !mine.overflow;
+            selection.narrow(mine);
+            const std::size_t begin = group.size();
+            for (std::int64_t i = 0; i < mine.count; ++i) {
+                group.push_back(mine.lower[i] == mine.lower[i] ? mine.lower[i] : __builtin_inff());
+            }
+            if (mine.count <= op.keep) continue;
+            std::nth_element(group.begin() + begin, group.begin() + begin + op.keep - 1, group.end(), std::greater<>());
+            group.resize(begin + op.keep);
+        }
+        const std::size_t kept = op.share * op.group;
+        if (!whole || group.size() <= kept) continue;
+        std::nth_element(group.begin(), group.begin() + kept - 1, group.end(), std::greater<>());
+        for (std::int64_t t = first; t < first + op.group; ++t) Selection::raise(candidates[t], group[kept - 1]);
+    }
+}
+
+// The exact result of a token whose candidates are known.
+template <class T, class W>
+void finish(const Encode& op, const Selection& selection, Candidates& mine, const T* x, const W* w, std::int64_t n,
+            float* floats, std::vector<std::uint64_t>& keys) {
+    selection.narrow(mine);
+    keys.clear();
+    PYSTEER_PICK(token_floats<T>)(x, op.tokens.channel_stride, op.pre_bias, op.latents.width, floats);
+    float sums[kWidestPanel];
+    const W* rows[kWidestPanel];
+    for (std::int64_t first = 0; first < mine.count; first += kWidestPanel) {
+        const std::int64_t count = std::min(kWidestPanel, mine.count - first);
+        const std::int32_t* index = mine.index + first;
+        for (std::int64_t i = 0; i < count; ++i) rows[i] = w + index[i] * op.latents.stride;
+        PYSTEER_PICK(some_dots<W>)(floats, rows, count, op.latents.width, sums);
+        for (std::int64_t i = 0; i < count; ++i) {
+            const float a = sums[i] + op.bias[index[i]];
+            if (!op.threshold || a > op.threshold[index[i]]) keys.push_back(key_of(a, index[i]));
+        }
+    }
+    write(op, keys, n);
+}
+
+// What several threads found of one token, together in the first; too much is an overflow.
+void merge(const Selection& selection, Pool& pool, std::int64_t slots, std::int64_t count, std::int64_t t) {
+    Candidates& mine = pool.candidates[t];
+    static thread_local std::vector<float> upper, lower;
+    static thread_local std::vector<std::int32_t> index;
+    upper.clear();
+    lower.clear();
+    index.clear();
+    for (std::int64_t slot = 0; slot < slots; ++slot) {
+        const Candidates& other = pool.candidates[slot * count + t];
+        mine.overflow = mine.overflow || other.overflow;
+        upper.insert(upper.end(), other.upper, other.upper + other.count);
+        lower.insert(lower.end(), other.lower, other.lower + other.count);
+        index.insert(index.end(), other.index, other.index + other.count);
+    }
+    Candidates all{upper.data(), lower.data(), index.data(), std::int64_t(index.size()), mine.limit, false};
+    selection.narrow(all);
+    mine.overflow = mine.overflow || all.count > pool.capacity;
+    if (mine.overflow) return;
+    std::copy_n(all.upper, all.count, mine.upper);
+    std::copy_n(all.lower, all.count, mine.lower);
+    std::copy_n(all.index, all.count, mine.index);
+    mine.count = all.count;
+    mine.limit = all.limit;
+}
+
+// Tokens [start, start + count); appends those with too many candidates to `left`. A thread takes one panel of latents
+// after the other and keeps what it finds to itself; the order does not matter, since all candidates are weighed again.
+template <class T, class W>
+void encode_some(const Encode& op, const Selection& selection, std::int64_t start, std::int64_t count, const T* x,
+                 const W* w, const TokenBuffers& buffers, Pool& pool, std::vector<std::int64_t>& left) {
+    const std::int64_t block = PYSTEER_PICK(block_size)(), panel = PYSTEER_PICK(panel_size)();
+    const std::int64_t blocks = ceil_div(count, block), panels = ceil_div(op.latents.latents, panel);
+    const PackedTokens packed = buffers.tokens(count);
+    std::vector<const T*> tokens(count);
+    for (std::int64_t t = 0; t < count; ++t) tokens[t] = x + op.tokens.offset(start + t);
+    pool.clear();
+    std::vector<std::atomic<std::int64_t>> next(op.threads);
+    for (auto& each : next) each = 0;
+#pragma omp parallel num_threads(op.threads) if (op.threads > 1)
+    {
+        const PanelBuffers own(op.latents.width, packed.pairs != nullptr);
+        const PanelMemory memory = own.memory();
+        std::vector<std::uint64_t> keys;
 #pragma omp for schedule(static)
         for (std::int64_t b = 0; b < blocks; ++b) {
             PYSTEER_PICK(pack_tokens<T>)
-            (tokens.data(), op.tokens.channel_stride, op.pre_bias, tile, b, scratch.floats, scratch);
+            (tokens.data(), op.tokens.channel_stride, op.pre_bias, op.latents.width, packed, b, memory);
         }
-        for (std::int64_t first = 0; first < op.latents.latents; first += step) {
+        const Team team;
+        const std::int64_t groups = ceil_div(team.size, kSlots), group = team.me % groups;
+        Candidates* found = pool.candidates.data() + team.me / groups * count;
+        const std::int64_t begin = blocks * group / groups, end = blocks * (group + 1) / groups;
+        for (std::int64_t p = next[group]++; p < panels; p = next[group]++) {
+            PYSTEER_PICK(screen_panel<W>)(w, op.latents, p * panel, packed, begin, end, selection, memory, found);
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (std::int64_t t = 0; t < count; ++t) merge(selection, pool, ceil_div(team.size, groups), count, t);
 #pragma omp single
-            {
-                tile.first = first;
-                tile.panels = ceil_div(std::min(step, op.latents.latents - first), space.panel);
-            }
-#pragma omp for schedule(dynamic)
-            for (std::int64_t p = 0; p < tile.panels; ++p) {
-                PYSTEER_PICK(pack_latents<W>)(w, op.latents, tile, p, scratch);
-            }
-#pragma omp for schedule(dynamic)
-            for (std::int64_t b = 0; b < blocks; b += chunk) {
-                PYSTEER_PICK(encode_blocks)(tile, b, std::min(b + chunk, blocks));
-            }
-        }
+        if (op.group && count % op.group == 0) share_limits(op, selection, pool.candidates, count);
 #pragma omp for schedule(dynamic, 8)
         for (std::int64_t t = 0; t < count; ++t) {
-            done[t] = finish(op, tile, space.candidates[t], tokens[t], w, ids[t], scratch.floats);
+            Candidates& mine = pool.candidates[t];
+            if (!mine.overflow) finish(op, selection, mine, tokens[t], w, start + t, memory.floats, keys);
         }
     }
-    std::vector<std::int64_t> left;
     for (std::int64_t t = 0; t < count; ++t) {
-        if (!done[t]) left.push_back(ids[t]);
+        if (pool.candidates[t].overflow) left.push_back(start + t);
     }
-    return left;
 }
 
 template <class T, class W>
 void encode(const Encode& op, const T* x, const W* w) {
-    const bool contiguous = op.latents.channel_stride == 1, has_pairs = PYSTEER_PICK(has_pairs)();
-    const bool exact = std::is_same<T, BFloat16>::value && std::is_same<W, BFloat16>::value && !op.pre_bias;
-    const bool pays = contiguous && op.latents.latents >= kWorthIt * op.keep;
-    const Form form = !has_pairs || !(exact || pays) ? Form::floats : exact ? Form::pairs : Form::screening;
-    const std::int64_t count = op.tokens.count(), step = token_tile(count, op.latents.width);
+    const std::int64_t count = op.tokens.count();
+    std::int64_t step = token_tile(count, op.latents.width);
+    if (op.group && op.group <= step) step = step / op.group * op.group;
     std::vector<std::int64_t> left;
-    {
-        Workspace space(op, step, form);
+    if (count > kFew && op.latents.latents >= kWorthIt * op.keep) {
+        const Selection selection = op.selection(6 * op.keep);
+        const TokenBuffers buffers(step, op.latents.width, PYSTEER_PICK(has_pairs)());
+        Pool pool(step * std::min<std::int64_t>(op.threads, kSlots), selection.room);
         for (std::int64_t first = 0; first < count; first += step) {
-            std::vector<std::int64_t> ids(std::min(step, count - first));
-            for (std::size_t t = 0; t < ids.size(); ++t) ids[t] = first + std::int64_t(t);
-            for (const std::int64_t n : encode_tile(op, ids, x, w, space)) left.push_back(n);
+            encode_some(op, selection, first, std::min(step, count - first), x, w, buffers, pool, left);
         }
+    } else {
+        for (std::int64_t n = 0; n < count; ++n) left.push_back(n);
     }
-    if (left.empty()) return;
-    const std::int64_t rest = std::int64_t(left.size()), few = std::min(step, rest);
-    Workspace space(op, few, Form::floats);
-    for (std::int64_t first = 0; first < rest; first += few) {
-        encode_tile(op, {left.begin() + first, left.begin() + std::min(first + few, rest)}, x, w, space);
+    for (std::int64_t first = 0; first < std::int64_t(left.size()); first += step) {
+        const auto end = left.begin() + std::min<std::int64_t>(first + step, left.size());
+        encode_all(op, {left.begin() + first, end}, x, w);
     }
 }
 
@@ -335,21 +374,24 @@ void encode(const Encode& op, const T* x, std::uintptr_t weight, DType type) {
     if (type == DType::float16) encode(op, x, reinterpret_cast<const Float16*>(weight));
 }
 
-// `bias` and `threshold` (null: none) have room for kWidest more floats than there are latents.
+// `bias` and `threshold` (null: none) have room for kWidestPanel more floats than there are latents. `group`: how many
+// tokens, one after the other, share `share` places each; 0 where each has its own.
 void sae_encode(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t pre_bias,
                 std::uintptr_t threshold, std::uintptr_t values, std::uintptr_t indices, std::int64_t rows,
                 std::int64_t tokens, std::int64_t width, std::int64_t x_row, std::int64_t x_token,
-                std::int64_t x_channel, std::int64_t latents, std::int64_t w_latent, std::int64_t w_channel,
-                std::int64_t keep, bool relu, std::int64_t x_type, std::int64_t w_type, std::int64_t out_type,
-                std::int64_t threads) {
+                std::int64_t x_channel, std::int64_t latents, std::int64_t w_stride, std::int64_t keep,
+                std::int64_t share, std::int64_t group, bool relu, std::int64_t x_type, std::int64_t w_type,
+                std::int64_t out_type, std::int64_t threads) {
     const py::gil_scoped_release release;
     Encode op;
     op.tokens = {rows, tokens, width, x_row, x_token, x_channel};
-    op.latents = {latents, width, w_latent, w_channel};
+    op.latents = {latents, width, w_stride};
     op.bias = reinterpret_cast<const float*>(bias);
     op.pre_bias = reinterpret_cast<const float*>(pre_bias);
     op.threshold = reinterpret_cast<const float*>(threshold);
     op.keep = keep;
+    op.share = share;
+    op.group = group;
     op.relu = relu;
     op.out = DType(out_type);
     op.values = reinterpret_cast<void*>(values);
@@ -362,7 +404,7 @@ void sae_encode(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, st
 }
 
 void register_sae_encode(py::module_& m) {
-    m.attr("PANEL_ROOM") = kWidest;
+    m.attr("PANEL_ROOM") = kWidestPanel;
     m.def("sae_encode", &sae_encode, "The largest pre-activations of every token, on the CPU.");
 }
 

@@ -1,20 +1,7 @@
 // Inner loops of sae_encode for one instruction set, included by each_isa.h.
 
+#include "dot_tiles.h"
 #include "panels.simd.h"
-
-// The exact product, always summed in the same order whatever else is computed.
-template <class W>
-float dot_latent(const float* x, const W* w, std::int64_t width) {
-    Vec sum[4] = {zero(), zero(), zero(), zero()};
-    std::int64_t d = 0;
-    for (; d + 4 * kLanes <= width; d += 4 * kLanes) {
-        for (int i = 0; i < 4; ++i) sum[i] = fma(load(x + d + i * kLanes), load(w + d + i * kLanes), sum[i]);
-    }
-    float parts[4], rest = 0.0f;
-    sum4(sum[0], sum[1], sum[2], sum[3], parts);
-    for (; d < width; ++d) rest = fma1(x[d], to_float(w[d]), rest);
-    return (parts[0] + parts[1]) + (parts[2] + parts[3]) + rest;
-}
 
 #if PYSTEER_ISA_LEVEL >= 3
 
@@ -30,30 +17,15 @@ inline void append(Candidates& mine, __mmask16 mask, Vec upper, Vec lower, std::
 
 inline __mmask16 lanes_below(std::int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1u); }
 
-// One token against a panel, `sums` being the products; all comparisons let NaN through.
-inline void collect(const float* sums, const PanelOf& panel, Candidates& mine) {
-    const Vec limit = set1(mine.limit);
-    for (int c = 0; c < kVectors; ++c) {
-        const std::int64_t at = c * kLanes;
-        if (at >= panel.count) return;
-        const Vec a = _mm512_add_ps(load(sums + at), load(panel.bias + at));
-        __mmask16 mask = _mm512_mask_cmp_ps_mask(lanes_below(panel.count - at), a, limit, _CMP_NLE_UQ);
-        if (panel.threshold) {
-            mask = _mm512_mask_cmp_ps_mask(mask, a, load(panel.threshold + at), _CMP_GT_OQ);
-        }
-        if (mask) append(mine, mask, a, a, panel.first + std::int32_t(at));
-    }
-}
-
-// The same where the products are known up to a margin.
+// One token against a panel whose products are known up to a margin; all comparisons let NaN through.
 inline void screen(const float* sums, const PanelOf& panel, const TokenNorm& norm, Candidates& mine) {
     const Vec limit = set1(mine.limit), kept = set1(norm.kept), error = set1(norm.error), ulp = set1(0x1p-21f);
     for (int c = 0; c < kVectors; ++c) {
         const std::int64_t at = c * kLanes;
         if (at >= panel.count) return;
-        const Vec a = _mm512_add_ps(load(sums + at), load(panel.bias + at));
+        const Vec a = add(load(sums + at), load(panel.bias + at));
         const Vec margin = fma(error, load(panel.sizes + at), mul(kept, load(panel.errors + at)));
-        const Vec all = fma(_mm512_abs_ps(a), ulp, margin), upper = _mm512_add_ps(a, all);
+        const Vec all = fma(_mm512_abs_ps(a), ulp, margin), upper = add(a, all);
         __mmask16 mask = _mm512_mask_cmp_ps_mask(lanes_below(panel.count - at), upper, limit, _CMP_NLT_UQ);
         if (panel.threshold) {
             mask = _mm512_mask_cmp_ps_mask(mask, upper, load(panel.threshold + at), _CMP_NLE_UQ);
@@ -68,84 +40,121 @@ inline void screen(const float* sums, const PanelOf& panel, const TokenNorm& nor
     }
 }
 
+// The same for products that are exact.
+inline void collect(const float* sums, const PanelOf& panel, Candidates& mine) {
+    const Vec limit = set1(mine.limit);
+    for (std::int64_t at = 0; at < panel.count; at += kLanes) {
+        const Vec a = add(load(sums + at), load(panel.bias + at));
+        __mmask16 mask = _mm512_mask_cmp_ps_mask(lanes_below(panel.count - at), a, limit, _CMP_NLE_UQ);
+        if (panel.threshold) mask = _mm512_mask_cmp_ps_mask(mask, a, load(panel.threshold + at), _CMP_GT_OQ);
+        if (mask) append(mine, mask, a, a, panel.first + std::int32_t(at));
+    }
+}
+
 #else
+
+inline void append(Candidates& mine, float upper, float lower, std::int64_t index) {
+    mine.upper[mine.count] = upper;
+    mine.lower[mine.count] = lower;
+    mine.index[mine.count++] = std::int32_t(index);
+}
+
+inline void screen(const float* sums, const PanelOf& panel, const TokenNorm& norm, Candidates& mine) {
+    for (std::int64_t j = 0; j < panel.count; ++j) {
+        const float a = sums[j] + panel.bias[j];
+        const float margin = norm.error * panel.sizes[j] + norm.kept * panel.errors[j];
+        const float all = __builtin_fabsf(a) * 0x1p-21f + margin;
+        if (a + all < mine.limit || (panel.threshold && a + all <= panel.threshold[j])) continue;
+        const bool sure = !panel.threshold || a - all > panel.threshold[j];
+        append(mine, a + all, sure ? a - all : -__builtin_inff(), panel.first + j);
+    }
+}
 
 inline void collect(const float* sums, const PanelOf& panel, Candidates& mine) {
     for (std::int64_t j = 0; j < panel.count; ++j) {
         const float a = sums[j] + panel.bias[j];
         if (a <= mine.limit || (panel.threshold && !(a > panel.threshold[j]))) continue;
-        mine.upper[mine.count] = mine.lower[mine.count] = a;
-        mine.index[mine.count++] = panel.first + std::int32_t(j);
+        append(mine, a, a, panel.first + j);
     }
 }
 
 #endif
 
-// Blocks [begin, end) of packed tokens against the panels of a tile.
-inline void encode_blocks(const EncodeTile& tile, std::int64_t begin, std::int64_t end) {
+// Blocks [begin, end) of packed tokens against a panel of latents, which is packed first.
+template <class W>
+void screen_panel(const W* w, const LatentFrame& f, std::int64_t first, const PackedTokens& x, std::int64_t begin,
+                  std::int64_t end, const Selection& selection, const PanelMemory& memory, Candidates* candidates) {
     alignas(64) float sums[kBlock * kPanel];
-    for (std::int64_t p = 0; p < tile.panels; ++p) {
-        const PanelOf panel = tile.panel(p, kPanel);
-        for (std::int64_t b = begin; b < end; ++b) {
-            const std::int64_t first = b * kBlock, count = std::min<std::int64_t>(kBlock, tile.tokens - first);
-#if PYSTEER_ISA_LEVEL == 4
-            if (tile.pairs) {
-                const std::int64_t pairs = (tile.width + 1) / 2;
-                multiply(tile.pair_tokens + b * kBlock * pairs, tile.pair_panels + p * kPanel * pairs, tile.width,
-                         sums);
-            } else
-#endif
-            {
-                multiply(tile.float_tokens + b * kBlock * tile.width, tile.float_panels + p * kPanel * tile.width,
-                         tile.width, sums);
-            }
-            for (std::int64_t t = 0; t < count; ++t) {
-                Candidates& mine = tile.candidates[first + t];
-#if PYSTEER_ISA_LEVEL == 4
-                if (tile.screening) {
-                    screen(sums + t * kPanel, panel, tile.norms[first + t], mine);
-                } else
-#endif
-                    collect(sums + t * kPanel, panel, mine);
-                if (mine.count > tile.room) tile.shrink(mine);
-            }
+    pack_latents(w, f, first, memory);
+    PanelOf panel = selection.panel(first, kPanel);
+    panel.sizes = memory.sizes;
+    panel.errors = memory.errors;
+    for (std::int64_t b = begin; b < end; ++b) {
+        multiply_block(x, b, memory, f.width, sums);
+        const std::int64_t token = b * kBlock, count = std::min<std::int64_t>(kBlock, x.count - token);
+        for (std::int64_t t = 0; t < count; ++t) {
+            Candidates& mine = candidates[token + t];
+            screen(sums + t * kPanel, panel, x.norms[token + t], mine);
+            if (mine.count > selection.room) selection.narrow_or_give_up(mine);
         }
     }
 }
 
-template <class T>
-void pack_tokens(const T* const* tokens, std::int64_t stride, const float* pre_bias, const EncodeTile& tile,
-                 std::int64_t b, float* floats, Scratch& scratch) {
-    const std::int64_t first = b * kBlock, count = std::min<std::int64_t>(kBlock, tile.tokens - first);
-    for (std::int64_t t = 0; t < count; ++t) {
-        token_floats(tokens[first + t], stride, pre_bias, tile.width, floats + t * tile.width);
-    }
-#if PYSTEER_ISA_LEVEL == 4
-    if (tile.pairs) {
-        const std::int64_t pairs = (tile.width + 1) / 2;
-        pack_block(floats, count, tile.width, tile.pair_tokens + b * kBlock * pairs, scratch.rounded, scratch.lost,
-                   tile.share(), tile.norms + first);
-        return;
-    }
+#if PYSTEER_ISA_LEVEL >= 3
+constexpr int kDotTokens = 6;
+#elif PYSTEER_ISA_LEVEL == 2
+constexpr int kDotTokens = 2;
 #else
-    (void)scratch;
+constexpr int kDotTokens = 2;
 #endif
-    pack_block(floats, count, tile.width, tile.float_tokens + b * kBlock * tile.width);
+constexpr int kDotLatents = 48;  // at a time, so that they stay in the cache for all tokens
+
+// x[t] for a few latents; every product is summed in the same order wherever it is computed.
+template <int kTokens, class W>
+void dots(const float* x, const W* const* w, std::int64_t count, std::int64_t width, float* sums) {
+    for (std::int64_t j = 0; j < count; j += 4) {
+        const W* four[4];
+        for (int i = 0; i < 4; ++i) four[i] = w[std::min(j + i, count - 1)];
+        float found[4 * kTokens];
+        dot_tile<kTokens, 4>(x, width, four, width, found);
+        for (int t = 0; t < kTokens; ++t) {
+            for (int i = 0; i < 4; ++i) sums[t * kDotLatents + j + i] = found[4 * t + i];
+        }
+    }
 }
 
 template <class W>
-void pack_latents(const W* w, const LatentFrame& f, const EncodeTile& tile, std::int64_t p, Scratch& scratch) {
-    const std::int64_t first = tile.first + p * kPanel;
-#if PYSTEER_ISA_LEVEL == 4
-    if (tile.pairs) {
-        const std::int64_t pairs = (f.width + 1) / 2;
-        pack_panel(w, f, first, tile.pair_panels + p * kPanel * pairs,
-                   tile.screening ? tile.sizes + p * kPanel : nullptr, tile.errors + p * kPanel, scratch.rounded,
-                   scratch.floats, scratch.lost);
-        return;
+void some_dots(const float* x, const W* const* w, std::int64_t count, std::int64_t width, float* sums) {
+    dots<1>(x, w, count, width, sums);
+}
+
+// Tokens as floats [count][width] against latents [begin, end), all products exact.
+template <class W>
+void encode_dots(const float* x, std::int64_t count, const W* w, const LatentFrame& f, std::int64_t begin,
+                 std::int64_t end, const Selection& selection, Candidates* candidates) {
+    float sums[kDotTokens * kDotLatents];
+    const W* rows[kDotLatents];
+    for (std::int64_t first = begin; first < end; first += kDotLatents) {
+        const PanelOf panel = selection.panel(first, std::min<std::int64_t>(kDotLatents, end - first));
+        for (std::int64_t j = 0; j < panel.count; ++j) rows[j] = w + (first + j) * f.stride;
+        const auto take = [&](std::int64_t token, std::int64_t tokens) {
+            for (std::int64_t t = 0; t < tokens; ++t) {
+                collect(sums + t * kDotLatents, panel, candidates[token + t]);
+                if (candidates[token + t].count > selection.room) selection.cut_exact(candidates[token + t]);
+            }
+        };
+        std::int64_t t = 0;
+        for (; t + kDotTokens <= count; t += kDotTokens) {
+            dots<kDotTokens>(x + t * f.width, rows, panel.count, f.width, sums);
+            take(t, kDotTokens);
+        }
+        for (; t + 2 <= count; t += 2) {
+            dots<2>(x + t * f.width, rows, panel.count, f.width, sums);
+            take(t, 2);
+        }
+        for (; t < count; ++t) {
+            dots<1>(x + t * f.width, rows, panel.count, f.width, sums);
+            take(t, 1);
+        }
     }
-#else
-    (void)scratch;
-#endif
-    pack_panel(w, f, first, tile.float_panels + p * kPanel * f.width);
 }

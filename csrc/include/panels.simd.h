@@ -42,6 +42,69 @@ inline void pack_block(const float* floats, std::int64_t count, std::int64_t wid
     }
 }
 
+#if PYSTEER_ISA_LEVEL >= 3
+
+// Turns 16 rows of 16 words over.
+inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+// 16 rows of `depth` words, of which `count` exist, into columns of the panel. `words(row, d, mask)` reads 16 words.
+template <class Words>
+inline void turn_over(std::int64_t count, std::int64_t depth, void* panel, const Words& words) {
+    for (std::int64_t d = 0; d < depth; d += 16) {
+        const std::int64_t here = std::min<std::int64_t>(16, depth - d);
+        const __mmask16 mask = __mmask16((1u << here) - 1u);
+        __m512i rows[16];
+        for (int j = 0; j < 16; ++j) rows[j] = j < count ? words(j, d, mask) : _mm512_setzero_si512();
+        transpose(rows);
+        for (std::int64_t i = 0; i < here; ++i) {
+            _mm512_storeu_si512(static_cast<char*>(panel) + ((d + i) * kPanel) * 4, rows[i]);
+        }
+    }
+}
+
+inline __m512i float_words(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, p); }
+template <class W>
+inline __m512i float_words(const W* p, __mmask16 mask) {
+    if (mask == 0xffff) return _mm512_castps_si512(load(p));
+    float values[kLanes] = {};
+    for (int i = 0; i < kLanes && mask >> i; ++i) values[i] = to_float(p[i]);
+    return _mm512_castps_si512(load(values));
+}
+
+template <class W>
+void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, float* panel) {
+    for (std::int64_t j = 0; j < kPanel; j += 16) {
+        const W* rows = w + (first + j) * f.stride;
+        turn_over(f.latents - first - j, f.width, panel + j, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
+            return float_words(rows + row * f.stride + d, mask);
+        });
+    }
+}
+
+#else
+
 template <class W>
 void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, float* panel) {
     const std::int64_t count = std::min<std::int64_t>(kPanel, f.latents - first);
@@ -49,22 +112,26 @@ void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, float* pan
     for (std::int64_t start = 0; start < f.width; start += kStep) {
         const std::int64_t end = std::min(start + kStep, f.width);
         for (std::int64_t j = 0; j < kPanel; ++j) {
-            const W* from = w + (first + j) * f.latent_stride;
-            for (std::int64_t d = start; d < end; ++d) {
-                panel[d * kPanel + j] = j < count ? to_float(from[d * f.channel_stride]) : 0.0f;
-            }
+            const W* from = w + (first + j) * f.stride;
+            for (std::int64_t d = start; d < end; ++d) panel[d * kPanel + j] = j < count ? to_float(from[d]) : 0.0f;
         }
     }
 }
 
-inline float length(const float* v, std::int64_t n) {
+#endif
+
+template <class T>
+inline float length(const T* v, std::int64_t n) {
     float lanes[kLanes];
     Vec sum = zero();
     std::int64_t d = 0;
-    for (; d + kLanes <= n; d += kLanes) sum = fma(load(v + d), load(v + d), sum);
+    for (; d + kLanes <= n; d += kLanes) {
+        const Vec value = load(v + d);
+        sum = fma(value, value, sum);
+    }
     store(lanes, sum);
     float total = 0.0f;
-    for (; d < n; ++d) total = fma1(v[d], v[d], total);
+    for (; d < n; ++d) total = fma1(to_float(v[d]), to_float(v[d]), total);
     for (int i = 0; i < kLanes; ++i) total += lanes[i];
     return __builtin_sqrtf(total);
 }
@@ -98,74 +165,79 @@ inline std::uint32_t pair_at(const BFloat16* p) {
     return both;
 }
 
-// The floats rounded to bfloat16, what that leaves in `lost`; both are filled with zeros to an even length.
-inline void round_floats(const float* v, std::int64_t n, BFloat16* out, float* lost) {
+// A row rounded to bfloat16 and filled with a zero to an even length, its length and that of what rounding took off.
+template <class T>
+inline void round_row(const T* v, std::int64_t n, BFloat16* out, float* size, float* error) {
+    Vec sum = zero(), off = zero();
     std::int64_t d = 0;
     for (; d + kLanes <= n; d += kLanes) {
         const Vec value = load(v + d);
-        store(out + d, value);
-        store(lost + d, sub(value, load(out + d)));
+        const __m256i half = narrow(value, BFloat16{});
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), half);
+        const Vec lost = sub(value, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+        sum = fma(value, value, sum);
+        off = fma(lost, lost, off);
     }
+    float total = _mm512_reduce_add_ps(sum), total_off = _mm512_reduce_add_ps(off);
     for (; d < n; ++d) {
-        out[d] = from_float<BFloat16>(v[d]);
-        lost[d] = v[d] - to_float(out[d]);
+        const float value = to_float(v[d]);
+        out[d] = from_float<BFloat16>(value);
+        const float lost = value - to_float(out[d]);
+        total = fma1(value, value, total);
+        total_off = fma1(lost, lost, total_off);
     }
     out[n] = BFloat16{0};
+    *size = __builtin_sqrtf(total);
+    *error = __builtin_sqrtf(total_off);
 }
 
-// rounded: [width + 1]; lost: [width]. `share` of the length of the token is added to what rounding took off.
+// rounded: [width + 1]. `share` of the length of the token is added to what rounding took off.
 inline void pack_block(const float* floats, std::int64_t count, std::int64_t width, std::uint32_t* block,
-                       BFloat16* rounded, float* lost, float share, TokenNorm* norms) {
+                       BFloat16* rounded, float share, TokenNorm* norms) {
     const std::int64_t pairs = (width + 1) / 2;
     for (std::int64_t t = 0; t < kBlock; ++t) {
         if (t >= count) {
             for (std::int64_t d = 0; d < pairs; ++d) block[d * kBlock + t] = 0;
             continue;
         }
-        round_floats(floats + t * width, width, rounded, lost);
+        float size, error;
+        round_row(floats + t * width, width, rounded, &size, &error);
         for (std::int64_t d = 0; d < pairs; ++d) block[d * kBlock + t] = pair_at(rounded + 2 * d);
-        const float size = length(floats + t * width, width), error = length(lost, width);
         norms[t] = {(size + error) * 1.001f, (error + share * size) * 1.001f};
     }
 }
 
-inline const BFloat16* as_pairs(const BFloat16* w, std::int64_t stride, std::int64_t width, BFloat16* rounded, float*,
-                                float*) {
-    if (stride == 1 && width % 2 == 0) return w;
-    for (std::int64_t d = 0; d < width; ++d) rounded[d] = w[d * stride];
-    rounded[width] = BFloat16{0};
-    return rounded;
+// A latent as pairs: where it lies, or rounded.
+inline const BFloat16* as_pairs(const BFloat16* w, std::int64_t width, BFloat16* rounded, float* size, float* error) {
+    if (width % 2) {
+        round_row(w, width, rounded, size, error);
+        return rounded;
+    }
+    *size = length(w, width);
+    *error = 0.0f;
+    return w;
 }
 template <class W>
-inline const BFloat16* as_pairs(const W* w, std::int64_t stride, std::int64_t width, BFloat16* rounded, float* floats,
-                                float* lost) {
-    token_floats(w, stride, nullptr, width, floats);
-    round_floats(floats, width, rounded, lost);
+inline const BFloat16* as_pairs(const W* w, std::int64_t width, BFloat16* rounded, float* size, float* error) {
+    round_row(w, width, rounded, size, error);
     return rounded;
 }
 
-// The panel, and for every latent its length and the length of what rounding took off (skipped where `sizes` is null).
-// floats, lost: [width]; rounded: [width + 1].
+// rounded: [kPanel][width + 2].
 template <class W>
 void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, std::uint32_t* panel, float* sizes, float* errors,
-                BFloat16* rounded, float* floats, float* lost) {
+                BFloat16* rounded) {
     const std::int64_t count = std::min<std::int64_t>(kPanel, f.latents - first), pairs = (f.width + 1) / 2;
     const BFloat16* rows[kPanel];
     for (std::int64_t j = 0; j < count; ++j) {
-        BFloat16* mine = rounded + j * (f.width + 2);
-        rows[j] = as_pairs(w + (first + j) * f.latent_stride, f.channel_stride, f.width, mine, floats, lost);
-        if (!sizes) continue;
-        constexpr bool exact = std::is_same<W, BFloat16>::value;
-        if (exact) token_floats(w + (first + j) * f.latent_stride, f.channel_stride, nullptr, f.width, floats);
-        sizes[j] = length(floats, f.width) * 1.001f;
-        errors[j] = exact ? 0.0f : length(lost, f.width) * 1.001f;
+        rows[j] = as_pairs(w + (first + j) * f.stride, f.width, rounded + j * (f.width + 2), sizes + j, errors + j);
+        sizes[j] *= 1.001f;
+        errors[j] *= 1.001f;
     }
-    constexpr std::int64_t kStep = 32;
-    for (std::int64_t start = 0; start < pairs; start += kStep) {
-        const std::int64_t end = std::min(start + kStep, pairs);
-        for (std::int64_t j = 0; j < kPanel; ++j) {
-            for (std::int64_t d = start; d < end; ++d) panel[d * kPanel + j] = j < count ? pair_at(rows[j] + 2 * d) : 0;
-        }
+    for (std::int64_t j = 0; j < kPanel; j += 16) {
+        turn_over(count - j, pairs, panel + j, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
+            return _mm512_maskz_loadu_epi32(mask, rows[j + row] + 2 * d);
+        });
     }
 }
 
@@ -192,3 +264,52 @@ inline void multiply(const std::uint32_t* block, const std::uint32_t* panel, std
 }
 
 #endif
+
+// Packs block b of the tokens. floats: [kBlock][width].
+template <class T>
+void pack_tokens(const T* const* tokens, std::int64_t stride, const float* pre_bias, std::int64_t width,
+                 const PackedTokens& x, std::int64_t b, const PanelMemory& memory) {
+    const std::int64_t first = b * kBlock, count = std::min<std::int64_t>(kBlock, x.count - first);
+    for (std::int64_t t = 0; t < count; ++t) {
+        token_floats(tokens[first + t], stride, pre_bias, width, memory.floats + t * width);
+    }
+    const float share = float(width + 32) * 0x1p-22f;  // bounds twice the rounding of a sum of products
+#if PYSTEER_ISA_LEVEL == 4
+    if (x.pairs) {
+        pack_block(memory.floats, count, width, x.pairs + first * x.depth, memory.rounded, share, x.norms + first);
+        return;
+    }
+#endif
+    pack_block(memory.floats, count, width, x.floats + first * x.depth);
+    for (std::int64_t t = 0; t < count; ++t) {
+        const float size = length(memory.floats + t * width, width) * 1.001f;
+        x.norms[first + t] = {size, share * size};
+    }
+}
+
+// Packs a panel of latents, with the lengths that the margins need.
+template <class W>
+void pack_latents(const W* w, const LatentFrame& f, std::int64_t first, const PanelMemory& memory) {
+#if PYSTEER_ISA_LEVEL == 4
+    if (memory.pairs) {
+        pack_panel(w, f, first, memory.pairs, memory.sizes, memory.errors, memory.rounded);
+        return;
+    }
+#endif
+    pack_panel(w, f, first, memory.panel);
+    for (std::int64_t j = 0; j < std::min<std::int64_t>(kPanel, f.latents - first); ++j) {
+        memory.sizes[j] = length(w + (first + j) * f.stride, f.width) * 1.001f;
+        memory.errors[j] = 0.0f;
+    }
+}
+
+inline void multiply_block(const PackedTokens& x, std::int64_t b, const PanelMemory& memory, std::int64_t width,
+                           float* sums) {
+#if PYSTEER_ISA_LEVEL == 4
+    if (x.pairs) {
+        multiply(x.pairs + b * kBlock * x.depth, memory.pairs, width, sums);
+        return;
+    }
+#endif
+    multiply(x.floats + b * kBlock * x.depth, memory.panel, width, sums);
+}

@@ -10,9 +10,9 @@ from pysteer.errors import InputError
 from pysteer.ops.declare import declare
 from pysteer.ops.lookup import full_precision
 from pysteer.ops.registry import Case
+from pysteer.ops.sae_decode import sae_decode
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_CHUNK = 1 << 24  # elements of an intermediate of the gradients
 
 
 def pre_activations(
@@ -43,31 +43,6 @@ def largest(a: Tensor, k: int) -> Tensor:
     return indices.gather(-1, a.gather(-1, indices).sort(dim=-1, descending=True, stable=True).indices)
 
 
-def _rows_times_weights(gradient: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Return sum_i gradient[n, i] weight[indices[n, i]] as [N, D] in the dtype of `gradient`."""
-    out = gradient.new_empty(gradient.shape[0], weight.shape[1])
-    step = max(_CHUNK // max(indices.shape[1] * weight.shape[1], 1), 1)
-    for first in range(0, gradient.shape[0], step):
-        part = slice(first, first + step)
-        rows = weight[indices[part]].to(gradient.dtype)
-        out[part] = torch.bmm(gradient[part].unsqueeze(1), rows).squeeze(1)
-    return out
-
-
-def _outer_products(gradient: Tensor, indices: Tensor, tokens: Tensor, latents: int) -> Tensor:
-    """Return sum_n,i gradient[n, i] tokens[n] in row indices[n, i] of [M, D], always in the same order."""
-    out = tokens.new_zeros(latents, tokens.shape[1])
-    step = max(_CHUNK // max(indices.shape[1] * tokens.shape[1], 1), 1)
-    for first in range(0, gradient.shape[0], step):
-        part = slice(first, first + step)
-        products = (gradient[part].unsqueeze(-1) * tokens[part].unsqueeze(1)).flatten(0, 1)
-        if out.is_cuda:
-            out.index_put_((indices[part].flatten(),), products, accumulate=True)  # sorts, where index_add_ races
-        else:
-            out.index_add_(0, indices[part].flatten(), products)
-    return out
-
-
 def _gradients(
     gradient: Tensor,
     indices: Tensor,
@@ -81,11 +56,12 @@ def _gradients(
     high = torch.promote_types(x.dtype, torch.float32)
     moved = x.movedim(channel_dim, -1)
     g = gradient.to(high).reshape(-1, gradient.shape[-1])
-    index = indices.reshape(g.shape).to(torch.int64)
-    g, index = g.masked_fill(index < 0, 0.0), index.clamp_min(0)
+    index = indices.reshape(g.shape)
+    in_weight = torch.ops.pysteer.sae_decode_weight_backward.default
     found = list(_fake_gradients(gradient, indices, x, weight, bias, pre_bias, wanted, channel_dim))
     if wanted[0] or wanted[3]:
-        to_tokens = _rows_times_weights(g, index, weight)
+        start = g.new_zeros(g.shape[0], weight.shape[1])  # gives the sum its dtype
+        to_tokens = sae_decode(g, index, weight, None, start)
         if wanted[0]:
             found[0].copy_(to_tokens.reshape(moved.shape).movedim(-1, channel_dim))
         if wanted[3]:
@@ -93,9 +69,9 @@ def _gradients(
     if wanted[1]:
         tokens = moved.to(high).reshape(-1, x.shape[channel_dim])
         tokens = tokens if pre_bias is None else tokens - pre_bias.to(high)
-        found[1].copy_(_outer_products(g, index, tokens, weight.shape[0]))
+        found[1].copy_(in_weight(tokens, g, index, weight.shape[0], weight.dtype))
     if wanted[2]:
-        found[2].copy_(_outer_products(g, index, torch.ones_like(g[:, :1]), weight.shape[0]).squeeze(1))
+        found[2].copy_(in_weight(torch.ones_like(g[:, :1]), g, index, weight.shape[0], high).squeeze(1))
     return found[0], found[1], found[2], found[3]
 
 

@@ -124,18 +124,23 @@ def encode_on_cpu(
     pre_bias: Tensor | None,
     threshold: Tensor | None,
     relu: bool,
+    shared: tuple[int, int],
     out: tuple[Tensor, Tensor],
     launch: Launch,
 ) -> None:
-    """Write values [N, C] (fp32, or as `x`) and indices [N, C] of the C largest latents of every token into `out`."""
+    """Write values [N, C] (fp32, or as `x`) and indices [N, C] of the C largest latents of every token into `out`.
+
+    With `shared` (k, n), what cannot be among the k n largest of n tokens may be left out.
+    """
     module, latents = backends.extension(), weight.shape[0]
     assert launch.source is not None
     zeros = torch.zeros(()) if bias is None else bias
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     vectors = (_floats(zeros, module.PANEL_ROOM, latents), _floats(pre_bias))
     limits = _floats(threshold, module.PANEL_ROOM, latents)
     codes = (DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[out[0].dtype])
     places = addresses(x, weight, *vectors, limits, *out)
-    sizes = (*launch.source, latents, *weight.stride(), out[0].shape[-1])
+    sizes = (*launch.source, latents, weight.stride(0), out[0].shape[-1], *shared)
     module.sae_encode(*places, *sizes, relu, *codes, torch.get_num_threads())
 
 
@@ -162,7 +167,9 @@ def _forward(
     indices = torch.empty(shape, dtype=torch.int32, device=x.device)
     flat = values.view(-1, room), indices.view(-1, room)
     if launch.backend == "cpu":
-        encode_on_cpu(x, weight, bias, pre_bias, threshold, relu and not shared, flat, launch)
+        tokens = flat[0].shape[0]
+        pool = (k or 0, tokens // (1 if mode == "batch_topk" else x.shape[0])) if shared else (0, 0)
+        encode_on_cpu(x, weight, bias, pre_bias, threshold, relu and not shared, pool, flat, launch)
     else:
         with on_device(x):
             kernels = backends.load_kernels("sae_encode")
@@ -268,7 +275,8 @@ def sae_encode(
 
     Args:
         x: [R, D], [R, *tokens, D], or [R, D, *tokens] with `channel_dim` 1; fp32, bf16 or fp16 (fp64 in plain torch).
-        weight: [M, D], the encoder; fp32, bf16 or fp16, not necessarily as `x`, any strides.
+        weight: [M, D], the encoder; fp32, bf16 or fp16, not necessarily as `x`. Copied where the channels of a latent
+            are not next to each other.
         bias: [M] or None, of a floating dtype, as the following.
         pre_bias: [D] or None; subtracted from `x`, usually the bias of the decoder.
         k: latents per token (on average, where tokens share); 1 to M.
