@@ -3,6 +3,7 @@
 Attributes load on first use, so `import pysteer` needs neither a GPU, nor Triton, nor the compiled extension:
 
     steer      context manager that applies a plan to a model or a pipeline
+    bake       fold a plan into the weights of a plain copy of the model
     Plan       what to change, where, when and how strongly
     backend    choose which kernels run ("reference", "cpu", "triton", "cuda")
     fit        fit a method at a list of sites
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from pysteer.errors import InputError, PysteerError
     from pysteer.methods import Method
     from pysteer.ops import backend
-    from pysteer.steering import Plan, Site, SiteParameters, steer
+    from pysteer.steering import Plan, Site, SiteParameters, bake, steer
 
 __version__ = "0.1.0"
 
 _ATTRIBUTES = {
     "steer": "pysteer.steering",
+    "bake": "pysteer.steering",
     "Plan": "pysteer.steering",
     "Site": "pysteer.steering",
     "SiteParameters": "pysteer.steering",
@@ -63,6 +65,7 @@ __all__ = [
     "SiteParameters",
     "__version__",
     "backend",
+    "bake",
     "fit",
     "steer",
     "zoo",

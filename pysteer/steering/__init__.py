@@ -1,6 +1,7 @@
 """Steering: what to change (`Plan`), where (`Site`), and the context manager that does it (`steer`)."""
 
 from pysteer.steering.attach import Applier, Attachment, attach
+from pysteer.steering.bake import bake
 from pysteer.steering.handle import Handle, SiteReport, steer
 from pysteer.steering.plan import Plan, PlanEntry, SiteParameters
 from pysteer.steering.site import Site
@@ -17,5 +18,6 @@ __all__ = [
     "SiteReport",
     "Table",
     "attach",
+    "bake",
     "steer",
 ]
