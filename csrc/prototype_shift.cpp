@@ -54,14 +54,6 @@ struct PrototypeShift {
 };
 
 template <class T>
-void copy_channels(const T* x, T* y, std::int64_t begin, std::int64_t end, const Frame& f) {
-    if (static_cast<const void*>(x) == y || begin >= end) return;
-    for (std::int64_t d = 0; d < f.width; ++d) {
-        std::memcpy(y + d * f.y_channel + begin, x + d * f.x_channel + begin, (end - begin) * sizeof(T));
-    }
-}
-
-template <class T>
 void run(std::uintptr_t x_address, std::uintptr_t y_address, const PrototypeShift& op) {
     const T* x = reinterpret_cast<const T*>(x_address);
     T* y = reinterpret_cast<T*>(y_address);

@@ -71,6 +71,15 @@ void copy_tokens(const T* x, T* y, std::int64_t begin, std::int64_t end, const F
     for (std::int64_t t = begin; t < end; ++t) std::memcpy(y + t * f.y_token, x + t * f.x_token, f.width * sizeof(T));
 }
 
+// The same for tokens next to each other.
+template <class T>
+void copy_channels(const T* x, T* y, std::int64_t begin, std::int64_t end, const Frame& f) {
+    if (static_cast<const void*>(x) == y || begin >= end) return;
+    for (std::int64_t d = 0; d < f.width; ++d) {
+        std::memcpy(y + d * f.y_channel + begin, x + d * f.x_channel + begin, (end - begin) * sizeof(T));
+    }
+}
+
 // A result that will not be found in the cache anyway is written past it, which saves reading it first. The limit is
 // the last-level cache that the cores of one cluster share on common servers; what the system reports may be the sum
 // over all clusters.
