@@ -104,8 +104,13 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+def insisted() -> str | None:
+    """Return the backend that somebody insists on, or None where the ops choose."""
+    return _forced or os.environ.get(VARIABLE) or None
+
+
 def _find_choice(device: str) -> tuple[str, ...]:
-    asked = _forced or os.environ.get(VARIABLE) or None
+    asked = insisted()
     if asked is None:
         return tuple(name for name in _AUTOMATIC.get(device, ()) if not _why_not(name))
     name = _checked(asked, "backend" if _forced else VARIABLE)

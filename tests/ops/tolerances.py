@@ -61,6 +61,13 @@ TOLERANCES: dict[tuple[str, ...], Tolerance] = {
         1e-5, 1e-5, "as in fp32: factors are exact, results are not rounded"
     ),
     ("lowrank_features", "closed", "float16"): Tolerance(1e-5, 1e-5, "as in bf16"),
+    ("linear_shift", "plain", "float32"): Tolerance(2e-5, 5e-5, "the product adds up to 4608 terms, in fp32"),
+    ("linear_shift", "plain", "bfloat16"): Tolerance(
+        2**-8 * 1.01,
+        2**-4,
+        "the product n is rounded, then y: half a unit of a n, up to 15 here, is left where y is near 0",
+    ),
+    ("linear_shift", "plain", "float16"): Tolerance(2**-11 * 1.05, 2**-7, "two roundings, as in bfloat16"),
 }
 
 

@@ -1,0 +1,218 @@
+"""`linear_shift`: a linear layer followed by `affine_shift`, y = shift(x Wᵀ + c), without a pass of its own.
+
+The matrix product is that of torch (oneDNN, cuBLAS), and `affine_shift` then works in place on what is still in the
+cache: no kernel of ours beats those products, and the shift of their output is all that steering costs. A Triton kernel
+with the shift in the epilogue of the product is there for those who insist on it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pysteer.errors import InputError
+from pysteer.ops import backends
+from pysteer.ops.affine_shift import affine_shift, affine_shift_reference
+from pysteer.ops.checks import check_activation, check_banks, check_table
+from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.launch import choose, on_device, packed
+from pysteer.ops.layouts import DTYPE_CODES
+from pysteer.ops.lookup import full_precision
+from pysteer.ops.registry import Case, OpSpec, activation, tables
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor gain, Tensor bias, Tensor slot, Tensor strength, Tensor clock, Tensor? span,"
+    " Tensor? linear_bias) -> Tensor"
+)
+
+
+def _product(x: Tensor, weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    with full_precision(x):
+        return F.linear(x, weight.to(x.dtype), None if linear_bias is None else linear_bias.to(x.dtype))
+
+
+def linear_shift_reference(
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    slot: Tensor,
+    strength: Tensor,
+    clock: Tensor,
+    span: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+) -> Tensor:
+    """Return what `linear_shift` computes, in plain torch; fp64 `x` is computed in fp64."""
+    return affine_shift_reference(_product(x, weight, linear_bias), gain, bias, slot, strength, clock, span)
+
+
+def _chosen(x: Tensor, y: Tensor) -> str:
+    if backends.insisted() == "triton" and x.dtype in DTYPE_CODES and x.numel() and y.numel():
+        return "triton" if "triton" in backends.choices(x.device.type) else "reference"
+    return choose("affine_shift", y, y, -1).backend
+
+
+def _run(
+    out: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    slot: Tensor,
+    strength: Tensor,
+    clock: Tensor,
+    span: Tensor | None,
+    linear_bias: Tensor | None,
+) -> Tensor:
+    table = (gain, bias, slot, strength, clock, span)
+    if backends.insisted() == "triton":
+        y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device) if out is None else out
+        if _chosen(x, y) == "triton" and y.is_contiguous():
+            tensors = packed(x, weight, linear_bias, *table)
+            with on_device(x):
+                backends.load_kernels("linear_shift").launch(y, *tensors)
+            return y
+    n = _product(x, weight, linear_bias).contiguous()
+    return affine_shift(n, *table, out=n if out is None else out)
+
+
+def _forward(x: Tensor, *arguments: Any) -> Tensor:
+    return _run(None, x, *arguments)
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, gain, _, slot, strength, clock, span, linear_bias = inputs
+    ctx.save_for_backward(x, weight, gain, slot, strength, clock, span)
+    ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, gain, slot, strength, clock, span = ctx.saved_tensors
+    table = (gain, torch.zeros_like(gain), slot, strength, clock, span)
+    g = affine_shift(gradient.contiguous(), *table)
+    to_x, to_weight, to_bias = (ctx.needs_input_grad[place] for place in (0, 1, 8))
+    with full_precision(x):
+        dx = g @ weight.to(g.dtype) if to_x else None
+        dw = (g.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype) if to_weight else None
+    db = g.flatten(0, -2).sum(0).to(ctx.bias_dtype) if to_bias and ctx.bias_dtype is not None else None
+    return (dx, dw, *[None] * 6, db)
+
+
+_plain, _differentiable = declare(
+    "linear_shift", _SCHEMA, _forward, fake=_fake, setup_context=_setup_context, backward=_backward
+)
+
+
+def _say(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def _check_layer(x: Tensor, weight: Tensor, linear_bias: Tensor | None, width: int, out: Tensor | None) -> int:
+    """Check weight, linear_bias and out; return the number of outputs N."""
+    free = x.dtype is torch.float64  # the tests' own precision, in plain torch
+    name = str(x.dtype).removeprefix("torch.")
+    fits = free or weight.dtype is x.dtype
+    if weight.dim() != 2 or weight.shape[1] != width or weight.device != x.device or not fits:
+        raise InputError("weight", value=_say(weight), allowed=f"{name} ['N', {width}] on {x.device}, like x")
+    count = weight.shape[0]
+    if linear_bias is not None:
+        fits = free or linear_bias.dtype is x.dtype
+        if linear_bias.shape != (count,) or linear_bias.device != x.device or not fits:
+            raise InputError("linear_bias", value=_say(linear_bias), allowed=f"{name} [{count}] on {x.device}, like x")
+    if out is not None and (out.shape != (*x.shape[:-1], count) or out.dtype != x.dtype or out.device != x.device):
+        allowed = f"{name} {[*x.shape[:-1], count]} on {x.device}"
+        raise InputError("out", value=_say(out), allowed=allowed)
+    return count
+
+
+def linear_shift(
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    slot: Tensor,
+    strength: Tensor,
+    clock: Tensor,
+    span: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return a linear layer's output n = x Wᵀ + c, shifted as `affine_shift` does: y = n + s ((g - 1) n + b).
+
+    Rows with slot 0 or strength 0 and tokens outside their span give n, the same bits whatever the table says
+    elsewhere. n is rounded to the dtype of `x`, as a linear layer does, and y once more; the Triton kernel rounds once.
+    Differentiable in everything; in `x`, `weight` and `linear_bias` with the fast kernels. In a compiled graph it is
+    plain torch, which fuses with what stands around it.
+
+    Args:
+        x: [R, K] or [R, *tokens, K]; fp32, bf16 or fp16 (fp64 in plain torch).
+        weight: [N, K], W, of the dtype of `x`.
+        gain, bias: [P, N] fp32, of the shift; set 0 is never used.
+        slot, strength, clock, span: the steering table, see `affine_shift`.
+        linear_bias: [N], c, of the dtype of `x`; None for 0.
+        out: where to write, [R, *tokens, N]; not `x`.
+
+    Returns:
+        A fresh tensor [R, *tokens, N], or `out`.
+
+    Raises:
+        InputError: as `affine_shift`, or the layer does not fit.
+    """
+    count = _check_layer(x, weight, linear_bias, check_activation(x, -1, None), out)
+    check_banks(x, gain=(gain, (count,)), bias=(bias, (count,)))
+    check_table(x, slot, strength, clock, span)
+    arguments = (weight, gain, bias, slot, strength, clock, span, linear_bias)
+    if torch.compiler.is_compiling() or plain_torch_needed(gain, bias, strength):
+        table = (gain, bias, slot, strength, clock, span)
+        y = linear_shift_reference(x, weight, *table, linear_bias=linear_bias)
+        return y if out is None else out.copy_(y)
+    layer = (x, weight) if linear_bias is None else (x, weight, linear_bias)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in layer):
+        if out is not None:
+            refuse_out(x)
+        return _differentiable(x, *arguments)
+    if out is None:
+        return _plain(x, *arguments)
+    if not has_memory(x):
+        return out.copy_(_plain(x, *arguments))
+    return _run(out, x, *arguments)
+
+
+def _make_inputs(case: Case) -> dict[str, Any]:
+    x, _ = activation(case)
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    sets, count, options = case.sizes.get("sets", 4), case.sizes.get("outputs", 72), dict(case.options)
+    given = {
+        "weight": (torch.randn(count, case.width, generator=generator) / case.width**0.5).to(case.dtype),
+        "gain": 1 + 0.5 * torch.randn(sets, count, generator=generator),
+        "bias": torch.randn(sets, count, generator=generator),
+        "linear_bias": torch.randn(count, generator=generator).to(case.dtype),
+    }
+    given = {name: tensor.to(case.device) for name, tensor in given.items()}
+    return {"x": x, **given, **tables(case, sets), **options}
+
+
+def _implementation(x: Tensor, weight: Tensor, **_: Any) -> str:
+    return _chosen(x, torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device))
+
+
+_PRODUCT = "torch's product, and the kernel of affine_shift in place on the result"
+SPEC = OpSpec(
+    name="linear_shift",
+    function=linear_shift,
+    reference=linear_shift_reference,
+    make_inputs=_make_inputs,
+    implementation=_implementation,
+    backends={"cpu": _PRODUCT, "cuda": _PRODUCT, "triton": "the shift in the epilogue; only for those who insist"},
+    variants={"plain": {}},
+    gradients=("x", "weight", "linear_bias"),
+    wide=("x", "weight"),
+    layouts=("tokens", "rows"),
+)
