@@ -106,15 +106,19 @@ def _choose(x: Tensor, weight: Tensor, room: int, channel_dim: int) -> Launch:
     return choose("sae_encode", x, x, channel_dim, serves)
 
 
-def _floats(tensor: Tensor | None, room: int = 0, size: int = 0) -> Tensor | None:
-    """Return a contiguous fp32 copy of a vector or scalar, of `size` elements and `room` more behind them."""
-    if tensor is None:
-        return None
-    if not size:
-        return tensor.to(torch.float32).contiguous()
-    padded = torch.zeros(size + room, device=tensor.device)
-    padded[:size] = tensor
+def padded_floats(tensor: Tensor | None, size: int) -> Tensor:
+    """Return a vector or scalar, zeros for None, as `size` fp32 elements with room for a vector of the CPU behind."""
+    padded = torch.zeros(size + backends.extension().PANEL_ROOM)
+    if tensor is not None:
+        padded[:size] = tensor
     return padded
+
+
+def encode_topk(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pre_bias: Tensor | None, k: int, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Return what `sae_encode` does with k latents per token, with values in fp32."""
+    return _encode(x, weight, bias, pre_bias, k, "topk", None, True, None, channel_dim, dtype=torch.float32)
 
 
 def encode_on_cpu(
@@ -134,17 +138,16 @@ def encode_on_cpu(
     """
     module, latents = backends.extension(), weight.shape[0]
     assert launch.source is not None
-    zeros = torch.zeros(()) if bias is None else bias
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    vectors = (_floats(zeros, module.PANEL_ROOM, latents), _floats(pre_bias))
-    limits = _floats(threshold, module.PANEL_ROOM, latents)
+    vectors = (padded_floats(bias, latents), None if pre_bias is None else pre_bias.float().contiguous())
+    limits = None if threshold is None else padded_floats(threshold, latents)
     codes = (DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], DTYPE_CODES[out[0].dtype])
     places = addresses(x, weight, *vectors, limits, *out)
     sizes = (*launch.source, latents, weight.stride(0), out[0].shape[-1], *shared)
     module.sae_encode(*places, *sizes, relu, *codes, torch.get_num_threads())
 
 
-def _forward(
+def _encode(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -155,15 +158,18 @@ def _forward(
     relu: bool,
     capacity: int | None,
     channel_dim: int,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     room = _capacity(weight.shape[0], k, mode, capacity)
     launch = _choose(x, weight, room, channel_dim)
     if launch.backend == "reference":
         options = {"k": k, "mode": mode, "threshold": threshold, "relu": relu, "capacity": capacity}
-        return sae_encode_reference(x, weight, bias, pre_bias, **options, channel_dim=channel_dim)  # type: ignore[arg-type]
+        values, indices = sae_encode_reference(x, weight, bias, pre_bias, **options, channel_dim=channel_dim)  # type: ignore[arg-type]
+        return values.to(dtype), indices
     shared = mode in ("batch_topk", "sample_topk")
     shape = _result_shape(x, room, channel_dim)
-    values = torch.empty(shape, dtype=torch.float32 if shared else x.dtype, device=x.device)
+    values = torch.empty(shape, dtype=torch.float32 if shared else dtype, device=x.device)
     indices = torch.empty(shape, dtype=torch.int32, device=x.device)
     flat = values.view(-1, room), indices.view(-1, room)
     if launch.backend == "cpu":
@@ -181,7 +187,11 @@ def _forward(
     kept = _keep_in_groups(flat[0], flat[1] >= 0, k, groups).view(shape)
     indices.masked_fill_(~kept, -1)
     values = values.relu_() if relu else values
-    return values.masked_fill_(~kept, 0.0).to(x.dtype), indices
+    return values.masked_fill_(~kept, 0.0).to(dtype), indices
+
+
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _encode(x, *arguments, dtype=x.dtype)
 
 
 def _result_shape(x: Tensor, room: int, channel_dim: int) -> list[int]:
@@ -226,7 +236,7 @@ _plain, _differentiable = declare(
 )
 
 
-def _check_choice(latents: int, k: int | None, mode: str, threshold: Tensor | None, capacity: int | None) -> None:
+def check_choice(latents: int, k: int | None, mode: str, threshold: Tensor | None, capacity: int | None) -> None:
     if mode not in _MODES:
         raise InputError("mode", value=mode, allowed=", ".join(_MODES))
     if (mode == "threshold") != (threshold is not None):
@@ -296,7 +306,7 @@ def sae_encode(
     """
     width = check_activation(x, channel_dim, None)
     latents = check_latents(x, width, weight, bias=bias, pre_bias=pre_bias, threshold=threshold)
-    _check_choice(latents, k, mode, threshold, capacity)
+    check_choice(latents, k, mode, threshold, capacity)
     if plain_torch_needed():
         options = {"k": k, "mode": mode, "threshold": threshold, "relu": relu, "capacity": capacity}
         return sae_encode_reference(x, weight, bias, pre_bias, **options, channel_dim=channel_dim)  # type: ignore[arg-type]
