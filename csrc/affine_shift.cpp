@@ -35,25 +35,35 @@ inline std::int64_t tokens_in(std::int64_t bytes, std::int64_t bytes_of_token) {
     return std::max<std::int64_t>(bytes / bytes_of_token, 1);
 }
 
+inline std::int64_t tokens_of_piece(const Frame& f, std::int64_t element) {
+    return tokens_in(kChunkBytes, f.width * element);
+}
+
+// Tokens [first, last) of row r.
+template <class T>
+void shift_piece(const T* x, T* y, const AffineShift& op, std::int64_t r, std::int64_t first, std::int64_t last) {
+    const Frame& f = op.frame;
+    const Row& row = op.rows[r];
+    const T* from = x + r * f.x_row;
+    T* to = y + r * f.y_row;
+    const std::int64_t start = std::clamp(row.start, first, last), end = std::clamp(row.end, start, last);
+    const std::int64_t bank = row.set * f.width;
+    copy_tokens(from, to, first, start, f);
+    PYSTEER_PICK(affine_tokens<T>)
+    (from + start * f.x_token, to + start * f.y_token, end - start, f.x_token, f.y_token, f.width, op.gain + bank,
+     op.bias + bank, op.low ? op.low + bank : nullptr, op.high ? op.high + bank : nullptr, row.strength, op.streaming);
+    copy_tokens(from, to, end, last, f);
+}
+
 // Called by all threads of a team, as are the other functions with `omp for`.
 template <class T>
 void run_by_token(const T* x, T* y, const AffineShift& op) {
     const Frame& f = op.frame;
-    const auto shift = PYSTEER_PICK(affine_tokens<T>);
-    const std::int64_t step = tokens_in(kChunkBytes, f.width * sizeof(T)), chunks = (f.tokens + step - 1) / step;
+    const std::int64_t step = tokens_of_piece(f, sizeof(T)), pieces = (f.tokens + step - 1) / step;
 #pragma omp for schedule(static) nowait
-    for (std::int64_t i = 0; i < f.rows * chunks; ++i) {
-        const std::int64_t r = i / chunks, first = i % chunks * step, last = std::min(first + step, f.tokens);
-        const Row& row = op.rows[r];
-        const T* from = x + r * f.x_row;
-        T* to = y + r * f.y_row;
-        const std::int64_t start = std::clamp(row.start, first, last), end = std::clamp(row.end, start, last);
-        const std::int64_t bank = row.set * f.width;
-        copy_tokens(from, to, first, start, f);
-        shift(from + start * f.x_token, to + start * f.y_token, end - start, f.x_token, f.y_token, f.width,
-              op.gain + bank, op.bias + bank, op.low ? op.low + bank : nullptr, op.high ? op.high + bank : nullptr,
-              row.strength, op.streaming);
-        copy_tokens(from, to, end, last, f);
+    for (std::int64_t i = 0; i < f.rows * pieces; ++i) {
+        const std::int64_t first = i % pieces * step;
+        shift_piece(x, y, op, i / pieces, first, std::min(first + step, f.tokens));
     }
 }
 
@@ -107,30 +117,27 @@ struct ShiftOfMean {
         }
     }
 
+    // Tokens of one chunk of one row; i counts the chunks of all rows.
     template <class T>
-    void add_up(const T* x, const AffineShift& op) {
+    void add_up(const T* x, const AffineShift& op, std::int64_t i) {
         const Frame& f = op.frame;
-        const auto sum = PYSTEER_PICK(sum_tokens<T>);
-#pragma omp for schedule(static)
-        for (std::int64_t i = 0; i < f.rows * chunks; ++i) {
-            const std::int64_t r = i / chunks, first = i % chunks * step, last = std::min(first + step, f.tokens);
-            const Row& row = op.rows[r];
-            const std::int64_t start = std::clamp(row.start, first, last), end = std::clamp(row.end, start, last);
-            sum(x + r * f.x_row + start * f.x_token, end - start, f.x_token, f.width, sums.data() + i * f.width);
-        }
+        const std::int64_t r = i / chunks, first = i % chunks * step, last = std::min(first + step, f.tokens);
+        const Row& row = op.rows[r];
+        const std::int64_t start = std::clamp(row.start, first, last), end = std::clamp(row.end, start, last);
+        PYSTEER_PICK(sum_tokens<T>)
+        (x + r * f.x_row + start * f.x_token, end - start, f.x_token, f.width, sums.data() + i * f.width);
     }
 
-    void finish(const AffineShift& op) {
-        const Frame& f = op.frame;
-#pragma omp for schedule(static)
-        for (std::int64_t i = 0; i < f.rows * f.width; ++i) {
-            const std::int64_t r = i / f.width, d = i % f.width;
-            const Row& row = op.rows[r];
-            if (row.start == row.end) continue;
+    // Channels [begin, end) of row r.
+    void finish(const AffineShift& op, std::int64_t r, std::int64_t begin, std::int64_t end) {
+        const std::int64_t width = op.frame.width;
+        const Row& row = op.rows[r];
+        if (row.start == row.end) return;
+        for (std::int64_t d = begin; d < end; ++d) {
             double total = 0.0;
-            for (std::int64_t c = 0; c < chunks; ++c) total += sums[(r * chunks + c) * f.width + d];
+            for (std::int64_t c = 0; c < chunks; ++c) total += sums[(r * chunks + c) * width + d];
             const float mean = float(total) / float(row.end - row.start);
-            const std::int64_t bank = row.set * f.width + d;
+            const std::int64_t bank = row.set * width + d, i = r * width + d;
             bias[i] = row.strength * ((op.gain[bank] - 1.0f) * mean + op.bias[bank]);
             if (!op.low) continue;
             const bool inside = mean > op.low[bank] && mean < op.high[bank];
@@ -150,6 +157,31 @@ struct ShiftOfMean {
     }
 };
 
+// Whole rows where every thread gets some, so that the second read finds them in the cache and nobody waits.
+template <class T>
+void run_of_mean(const T* x, T* y, const AffineShift& op, ShiftOfMean& means, const AffineShift& shift) {
+    const Frame& f = op.frame;
+    if (f.rows >= op.threads) {
+        const std::int64_t step = tokens_of_piece(f, sizeof(T));
+#pragma omp for schedule(static) nowait
+        for (std::int64_t r = 0; r < f.rows; ++r) {
+            for (std::int64_t c = 0; c < means.chunks; ++c) means.add_up(x, op, r * means.chunks + c);
+            means.finish(op, r, 0, f.width);
+            for (std::int64_t t = 0; t < f.tokens; t += step) {
+                shift_piece(x, y, shift, r, t, std::min(t + step, f.tokens));
+            }
+        }
+        return;
+    }
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < f.rows * means.chunks; ++i) means.add_up(x, op, i);
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < f.rows * f.width; ++i) {
+        means.finish(op, i / f.width, i % f.width, i % f.width + 1);
+    }
+    run_by_token(x, y, shift);
+}
+
 template <class T>
 void run(std::uintptr_t x, std::uintptr_t y, const AffineShift& op, bool of_mean) {
     const T* from = reinterpret_cast<const T*>(x);
@@ -160,9 +192,7 @@ void run(std::uintptr_t x, std::uintptr_t y, const AffineShift& op, bool of_mean
         const AffineShift shift = means.as_shift(op);
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
         {
-            means.add_up(from, op);
-            means.finish(op);
-            run_by_token(from, to, shift);
+            run_of_mean(from, to, op, means, shift);
             if (op.streaming) finish_streams();
         }
         return;

@@ -181,3 +181,17 @@ def test_bounds_come_together() -> None:
         affine_shift(**i, low=bound)
     with pytest.raises(InputError, match=r"high: got 'float32 \[4, 5\]"):
         affine_shift(**i, low=bound, high=bound[:, :5])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_threads_that_share_rows_do_not_change_the_mean(rows: int) -> None:
+    i = get("affine_shift").make_inputs(
+        Case(rows, 3000, 300, torch.bfloat16, strength="one", options={"of_mean": True})
+    )
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(affine_shift(**i))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
