@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pysteer.ops.gram_accumulate import gram_accumulate
+
 
 @dataclass(frozen=True)
 class BayesPrecision:
@@ -36,7 +38,7 @@ class BayesPrecision:
             return cls(dim, 1.0, 0.0, n, residuals.new_zeros(0, dim, dtype=torch.float64), None)
         if n < dim:
             return cls(dim, dim / trace, trace, n, _low_rank_factor(residuals.double(), trace), None)
-        scatter = residuals.double().T @ residuals.double()
+        scatter = gram_accumulate(residuals).second_moment()  # blocks in the precision given, their sum in fp64
         scatter.diagonal().add_(trace)
         matrix = torch.cholesky_inverse(torch.linalg.cholesky(scatter)) * dim
         return cls(dim, dim / trace, trace, n, None, matrix)
