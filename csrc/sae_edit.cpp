@@ -190,7 +190,7 @@ void rank(const T* x, const SaeEdit& op, Ranks& ranks) {
         if (undecided(token)) left.push_back(token);
     }
     std::int64_t begin = 0;
-    for (std::int64_t step = 128; begin < op.full.latents && !left.empty(); step *= 4) {
+    for (std::int64_t step = 128; begin < op.full.latents && !left.empty(); step *= 2) {
         const std::int64_t end = std::min(begin + step, op.full.latents);
         if (op.full.type == DType::float32) rank_against<T, float>(x, op, left, begin, end, ranks);
         if (op.full.type == DType::bfloat16) rank_against<T, BFloat16>(x, op, left, begin, end, ranks);

@@ -2,8 +2,8 @@
 
 #include "dot_tiles.h"
 
-template <int kTokens>
-inline void scores_of(const float* x, std::int64_t stride, std::int64_t width, const float* vectors, std::int64_t count,
+template <int kTokens, class X>
+inline void scores_of(const X* x, std::int64_t stride, std::int64_t width, const float* vectors, std::int64_t count,
                       float* scores) {
     const auto tile = [&](auto weights, std::int64_t e) {
         constexpr int kWeights = decltype(weights)::value;
@@ -24,17 +24,25 @@ inline void scores_of(const float* x, std::int64_t stride, std::int64_t width, c
     if (e < count) tile(std::integral_constant<int, 1>{}, e);
 }
 
+template <class X>
+inline void score_all(const X* x, std::int64_t stride, std::int64_t tokens, std::int64_t width, const float* vectors,
+                      std::int64_t count, float* scores) {
+    std::int64_t t = 0;
+    for (; t + 4 <= tokens; t += 4) scores_of<4>(x + t * stride, stride, width, vectors, count, scores + t * count);
+    for (; t < tokens; ++t) scores_of<1>(x + t * stride, stride, width, vectors, count, scores + t * count);
+}
+
 // scores[t, e] = x_t · vectors_e for tokens whose channels are next to each other. scratch: [tokens, width].
 template <class T>
 void score_tokens(const T* x, std::int64_t stride, std::int64_t tokens, std::int64_t width, const float* vectors,
                   std::int64_t count, float* scratch, float* scores) {
-    std::int64_t apart = 0;
-    const float* floats = as_floats(x, stride, tokens, width, scratch, &apart);
-    std::int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) {
-        scores_of<4>(floats + t * apart, apart, width, vectors, count, scores + t * count);
+    if (count <= 4) {  // converted once
+        score_all(x, stride, tokens, width, vectors, count, scores);
+    } else {
+        std::int64_t apart = 0;
+        const float* floats = as_floats(x, stride, tokens, width, scratch, &apart);
+        score_all(floats, apart, tokens, width, vectors, count, scores);
     }
-    for (; t < tokens; ++t) scores_of<1>(floats + t * apart, apart, width, vectors, count, scores + t * count);
 }
 
 // kVecs vectors of tokens that are next to each other, with kCount vectors of channels.
@@ -243,20 +251,88 @@ constexpr int kRankTile = 3;
 #else
 constexpr int kRankTile = 1;
 #endif
+constexpr int kPanel = 64;           // latents whose partial sums are kept
+constexpr std::int64_t kPart = 640;  // channels at a time: a tile of tokens and four rows stay in the first cache
+
+// Goes on with the dot products of kTokens tokens and four rows over channels [begin, end), a multiple of kLanes apart.
+template <int kTokens, class W>
+inline void dot_part(const float* x, std::int64_t stride, const W* const* w, std::int64_t begin, std::int64_t end,
+                     float* sums) {
+    Vec sum[kTokens * 4];
+    for (int i = 0; i < kTokens * 4; ++i) sum[i] = begin ? load(sums + i * kLanes) : zero();
+    for (std::int64_t d = begin; d + kLanes <= end; d += kLanes) {
+        Vec weights[4];
+        for (int k = 0; k < 4; ++k) weights[k] = load(w[k] + d);
+        for (int t = 0; t < kTokens; ++t) {
+            const Vec v = load(x + t * stride + d);
+            for (int k = 0; k < 4; ++k) sum[t * 4 + k] = fma(v, weights[k], sum[t * 4 + k]);
+        }
+    }
+    for (int i = 0; i < kTokens * 4; ++i) store(sums + i * kLanes, sum[i]);
+}
+
+// Ends them with the channels that do not fill a vector; in all the order of dot_tile.
+template <int kTokens, class W>
+inline void dot_end(const float* x, std::int64_t stride, const W* const* w, std::int64_t width, const float* sums,
+                    float* scores) {
+    Vec sum[kTokens * 4];
+    for (int i = 0; i < kTokens * 4; ++i) sum[i] = load(sums + i * kLanes);
+    if (const int rest = int(width % kLanes)) {
+        const std::int64_t d = width - rest;
+        for (int k = 0; k < 4; ++k) {
+            const Vec weights = load_rest(w[k] + d, rest);
+            for (int t = 0; t < kTokens; ++t) {
+                sum[t * 4 + k] = fma(load_first(x + t * stride + d, rest), weights, sum[t * 4 + k]);
+            }
+        }
+    }
+    for (int i = 0; i < kTokens * 4; i += 4) sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], scores + i);
+}
+
+// The latents of one call to count_before, and what is known of the edits of its tokens.
+template <class W>
+struct Ranking {
+    const W* weight;
+    std::int64_t stride, width;
+    const float* bias;
+    std::int64_t end, edits;
+    const float* const* scores;
+    const std::int32_t* const* own;
+
+    void rows(std::int64_t m, const W** four) const {
+        for (int i = 0; i < 4; ++i) four[i] = weight + std::min(m + i, end - 1) * stride;
+    }
+};
 
 template <int kTokens, class W>
-inline void count_tile(const float* x, std::int64_t width, const W* const* rows, const float* bias, std::int64_t first,
-                       int latents, std::int64_t edits, const float* const* scores, const std::int32_t* const* own,
-                       std::int32_t* before) {
-    float found[kTokens * 4];
-    dot_tile<kTokens, 4>(x, width, rows, width, found);
-    for (int t = 0; t < kTokens; ++t) {
-        for (int i = 0; i < latents; ++i) {
-            const float other = found[4 * t + i] + bias[first + i];
-            for (std::int64_t e = 0; e < edits; ++e) {
-                const float score = scores[t][e];
-                const std::int32_t latent = own[t][e], index = std::int32_t(first + i);
-                before[t * edits + e] += (other > score || (other == score && index < latent)) && index != latent;
+inline void count_panel(const float* x, std::int64_t t, const Ranking<W>& by, std::int64_t begin, std::int64_t end,
+                        float* sums, std::int32_t* before) {
+    const float* from = x + t * by.width;
+    const std::int64_t whole = by.width - by.width % kLanes;
+    const W* rows[4];
+    constexpr int kSize = kTokens * 4 * kLanes;
+    std::int64_t d = 0;
+    do {
+        for (std::int64_t m = begin; m < end; m += 4) {
+            by.rows(m, rows);
+            dot_part<kTokens>(from, by.width, rows, d, std::min(d + kPart, whole), sums + (m - begin) / 4 * kSize);
+        }
+        d += kPart;
+    } while (d < whole);
+    for (std::int64_t m = begin; m < end; m += 4) {
+        float found[kTokens * 4];
+        by.rows(m, rows);
+        dot_end<kTokens>(from, by.width, rows, by.width, sums + (m - begin) / 4 * kSize, found);
+        for (int i = 0; i < int(std::min<std::int64_t>(4, end - m)); ++i) {
+            const std::int32_t index = std::int32_t(m + i);
+            for (int j = 0; j < kTokens; ++j) {
+                const float other = found[4 * j + i] + by.bias[index];
+                for (std::int64_t e = 0; e < by.edits; ++e) {
+                    const float score = by.scores[t + j][e];
+                    const std::int32_t own = by.own[t + j][e];
+                    before[(t + j) * by.edits + e] +=
+                        (other > score || (other == score && index < own)) && index != own;
+                }
             }
         }
     }
@@ -267,17 +343,12 @@ template <class W>
 void count_before(const float* x, std::int64_t tokens, std::int64_t width, const W* weight, std::int64_t stride,
                   const float* bias, std::int64_t begin, std::int64_t end, std::int64_t edits,
                   const float* const* scores, const std::int32_t* const* own, std::int32_t* before) {
-    for (std::int64_t m = begin; m < end; m += 4) {
-        const int latents = int(std::min<std::int64_t>(4, end - m));
-        const W* rows[4];
-        for (int i = 0; i < 4; ++i) rows[i] = weight + std::min(m + i, end - 1) * stride;
+    const Ranking<W> by{weight, stride, width, bias, end, edits, scores, own};
+    alignas(64) float sums[kRankTile * kPanel * kLanes];
+    for (std::int64_t m = begin; m < end; m += kPanel) {
+        const std::int64_t last = std::min<std::int64_t>(m + kPanel, end);
         std::int64_t t = 0;
-        for (; t + kRankTile <= tokens; t += kRankTile) {
-            count_tile<kRankTile>(x + t * width, width, rows, bias, m, latents, edits, scores + t, own + t,
-                                  before + t * edits);
-        }
-        for (; t < tokens; ++t) {
-            count_tile<1>(x + t * width, width, rows, bias, m, latents, edits, scores + t, own + t, before + t * edits);
-        }
+        for (; t + kRankTile <= tokens; t += kRankTile) count_panel<kRankTile>(x, t, by, m, last, sums, before);
+        for (; t < tokens; ++t) count_panel<1>(x, t, by, m, last, sums, before);
     }
 }

@@ -14,8 +14,8 @@ inline Vec load_rest(const T* p, int n) {
 }
 
 // scores[t * kWeights + k] of kTokens tokens x[t] with kWeights weights w[k]: 1, 2 or a multiple of 4.
-template <int kTokens, int kWeights, class W>
-inline void dot_tile(const float* x, std::int64_t stride, const W* const* w, std::int64_t width, float* scores) {
+template <int kTokens, int kWeights, class X, class W>
+inline void dot_tile(const X* x, std::int64_t stride, const W* const* w, std::int64_t width, float* scores) {
     Vec sum[kTokens * kWeights];
     for (Vec& each : sum) each = zero();
     std::int64_t d = 0;
@@ -31,7 +31,7 @@ inline void dot_tile(const float* x, std::int64_t stride, const W* const* w, std
         for (int k = 0; k < kWeights; ++k) {
             const Vec weights = load_rest(w[k] + d, rest);
             for (int t = 0; t < kTokens; ++t) {
-                sum[t * kWeights + k] = fma(load_first(x + t * stride + d, rest), weights, sum[t * kWeights + k]);
+                sum[t * kWeights + k] = fma(load_rest(x + t * stride + d, rest), weights, sum[t * kWeights + k]);
             }
         }
     }

@@ -25,6 +25,7 @@ _ARGUMENTS = (
     " int k, int channel_dim"
 )
 GATES = ("none", "relu", "threshold", "topk")  # in the order of csrc/sae_edit.cpp
+_MOST_EDITS = 16  # of the Triton kernels
 _CHUNK = 1024  # latents that plain torch ranks at a time
 
 
@@ -176,7 +177,8 @@ def sae_edit_reference(
 def _choose(x: Tensor, out: Tensor, given: _Arguments) -> Launch:
     if given.full_encoder is not None and (given.full_encoder.dtype not in DTYPE_CODES or not len(given.full_encoder)):
         return Launch("reference")
-    return choose("sae_edit", x, out, given.channel_dim)
+    few = given.encoder.shape[1] <= _MOST_EDITS
+    return choose("sae_edit", x, out, given.channel_dim, lambda name: few or name != "triton")
 
 
 def _run(out: Tensor, x: Tensor, given: _Arguments, gradient: Tensor | None = None) -> Tensor:
@@ -443,14 +445,14 @@ def _unsure(x: Tensor, **inputs: Any) -> Tensor:
     return close.any(-1).reshape(moved.shape[:-1]).unsqueeze(given.channel_dim)
 
 
-_ALL = "every gate; fp32, bf16, fp16, channels or tokens next to each other; the gradient in x too"
+_ALL = "every gate and its gradient in x; fp32, bf16, fp16, channels or tokens next to each other"
 SPEC = SteeringSpec(
     name="sae_edit",
     function=sae_edit,
     reference=sae_edit_reference,
     make_inputs=_make_inputs,
     implementation=_implementation,
-    backends={"cpu": _ALL, "triton": _ALL},
+    backends={"cpu": _ALL, "triton": f"{_ALL}; up to {_MOST_EDITS} edits"},
     variants={
         "linear": {},
         "relu": {"gate": "relu"},
