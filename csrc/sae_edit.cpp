@@ -81,14 +81,6 @@ std::int64_t block_of(const SaeEdit& op) {
     return op.edits <= 4 ? 8 : 32;
 }
 
-template <class T>
-void copy_channels(const T* x, T* y, std::int64_t begin, std::int64_t end, const Frame& f) {
-    if (static_cast<const void*>(x) == y || begin >= end) return;
-    for (std::int64_t d = 0; d < f.width; ++d) {
-        std::memcpy(y + d * f.y_channel + begin, x + d * f.x_channel + begin, (end - begin) * sizeof(T));
-    }
-}
-
 // Calls function with the blocks of tokens, on all threads; every thread makes its own function from `make`.
 template <class Make>
 void for_blocks(const SaeEdit& op, const Make& make) {
