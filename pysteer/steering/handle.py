@@ -48,6 +48,8 @@ class _Part:
     cond: int = 0
     uncond: int = 0
     span: Tensor | None = None
+    runs: Tensor | None = None  # [S], runs that said which tokens of their rows count, since the tables were settled
+    covered: Tensor | None = None  # [S, R], how many those were
     everything: bool = False  # whether the span was written for a run without lengths
     positions: Positions = "all"
     written: tuple[Any, ...] | None = None
@@ -60,6 +62,14 @@ class _Part:
     def device(self) -> torch.device:
         return self.tables[0].device
 
+    def settle(self) -> None:
+        """Have every table add up what it counted, and begin anew."""
+        for table in self.tables:
+            table.settle(self.runs, self.covered)
+        if self.runs is not None and self.covered is not None:
+            self.runs.zero_()
+            self.covered.zero_()
+
     @torch.no_grad()
     def set_span(self, lengths: Tensor | None) -> None:
         """Touch the first `lengths[r]` tokens of row r, or those of a span `[R, 2]`; all tokens without lengths."""
@@ -70,11 +80,12 @@ class _Part:
         shared = all(table.span is self.span for table in self.tables if table.site.layout == "tokens")
         if fits and shared and lengths is None and self.everything:
             return
-        for table in self.tables:
-            table.settle()
         if not fits:
+            self.settle()
             with torch.inference_mode(False):
                 self.span = torch.zeros(room, 2, dtype=torch.int32, device=self.device)
+                self.covered = torch.zeros(self.tables[0].steps, room, dtype=torch.int64, device=self.device)
+                self.runs = torch.zeros(self.tables[0].steps, dtype=torch.int64, device=self.device)
         for table in self.tables:
             table.span = self.span if table.site.layout == "tokens" else None
         self.follow(lengths)
@@ -82,15 +93,22 @@ class _Part:
     def follow(self, lengths: Tensor | None) -> None:
         """Write lengths or spans of the rows of a batch; tensor code alone, for compiled graphs as well."""
         assert self.span is not None
+        assert self.runs is not None
+        assert self.covered is not None
         closed = isinstance(self.positions, slice) and self.positions.stop is not None
-        self.everything = lengths is None
+        self.everything = lengths is None and not closed
         self.span[:, 0] = 0
-        self.span[:, 1] = 0 if closed else ALL_TOKENS
+        self.span[:, 1] = ALL_TOKENS if self.everything else 0
+        if self.everything:
+            return
         if lengths is not None:
             if len(lengths) > len(self.span):
                 allowed = f"at most {len(self.span)} in a compiled run"
                 raise InputError("rows of the batch", value=len(lengths), allowed=allowed, fix="steer(..., capacity=)")
             self.span[: len(lengths)].copy_(narrowed(lengths, self.positions))
+        now = torch.arange(len(self.runs), device=self.runs.device) == self.clock
+        self.runs.add_(now)
+        self.covered.add_(now[:, None] * (self.span[:, 1] - self.span[:, 0]))
 
 
 class _Listener:
@@ -164,9 +182,11 @@ class Handle:
         given = [self._of_part(part.name, self._strength), self._gate]
         sizes = [value.shape[-1] for value in given if isinstance(value, Tensor)]
         rows = max([part.tables[0].capacity if not sizes else 0, *sizes])
+        part.settle()
         for table, entry in zip(part.tables, part.entries, strict=True):
             table.reserve(entry, part.steps, rows)
         part.set_span(torch.full((rows,), ALL_TOKENS, dtype=torch.int32, device=part.device))
+        part.settle()  # that was no run
         self._write(part, rows)
 
     def follow(self, part: str, lengths: Tensor | None) -> None:
@@ -268,6 +288,7 @@ class Handle:
         now = (cond, uncond, state.steps, [table.device for table in state.tables])
         unchanged = state.written == now
         if not unchanged:
+            state.settle()
             self._check_fits(state, self._strength)
             if self._gate is not None:
                 self._check_batch("gate", state, self._gate)
@@ -316,8 +337,8 @@ class Handle:
         """What each entry did so far, in the order of the plan's parts; waits for the device."""
         found = []
         for part in self._parts.values():
+            part.settle()
             for table, entry in zip(part.tables, part.entries, strict=True):
-                table.settle()
                 calls, tokens = table.calls.tolist(), table.tokens.tolist()
                 steps = tuple(step for step, count in enumerate(calls) if count)
                 name, op = entry.parameters.site, entry.parameters.op
@@ -345,6 +366,7 @@ class Handle:
         self.ensure()
         for part in self._parts.values():
             if part.written is not None:
+                part.settle()
                 self._write(part, part.cond, part.uncond)
             elif not self._family.announced:
                 self._fill(part)

@@ -148,10 +148,9 @@ class Table:
         self.schedule.copy_(torch.tensor([entry.at(s) for s in range(self.steps)], dtype=torch.float32))
 
     def reserve(self, entry: PlanEntry, steps: int, rows: int) -> None:
-        """Make room for more steps or rows; allocates only then. The counts are kept."""
+        """Make room for more steps or rows; allocates only then. Settled counts are kept."""
         if steps <= self.steps and rows <= self.capacity:
             return
-        self.settle()
         calls, tokens, known = self.calls, self.tokens, self.steps
         with torch.inference_mode(False), torch.no_grad():
             self._allocate(max(steps, known), max(rows, self.capacity))
@@ -162,12 +161,11 @@ class Table:
 
     @torch.no_grad()
     def write(self, cond: int, uncond: int, factor: float | Tensor = 1.0) -> None:
-        """Write slot and strength for a batch of `[cond rows | uncond rows]`, in place.
+        """Write slot and strength for a batch of `[cond rows | uncond rows]`, in place, after `settle`.
 
         Args:
             factor: multiplies the schedule: a number, or fp32 `[B]` or `[S, B]` for B prompts.
         """
-        self.settle()
         rows = cond + uncond
         pieces = [self.schedule[:, :1].expand(-1, cond), self.schedule[:, 1:].expand(-1, uncond)]
         base = torch.cat(pieces, dim=1)
@@ -180,24 +178,22 @@ class Table:
         self.rows = rows
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Add up what was counted since the last write; it belongs to the rows as they are now. No sync."""
+    def settle(self, runs: Tensor | None = None, covered: Tensor | None = None) -> None:
+        """Add up what was counted since the last write; it belongs to the rows as they are now. No sync.
+
+        Args:
+            runs: int64 `[S]`, runs of the part since then that said which tokens of their rows count.
+            covered: int64 `[S, R]`, how many tokens those were.
+        """
         calls, lengths = self.visits >> _CALL_BIT, self.visits & (_CALL - 1)
         active = (self.slot != 0) & (self.strength != 0)
         self.calls += calls
-        if self.span is None:
-            self.tokens += active.sum(1) * lengths
-        else:
-            whole = self.span[:, 1] == ALL_TOKENS
-            inside = torch.where(whole, 0, self.span[:, 1] - self.span[:, 0])
-            self.tokens += (active & whole).sum(1) * lengths + (active * inside).sum(1) * calls
+        tokens = active.sum(1) * lengths
+        if runs is not None and covered is not None and self.span is not None:
+            inside = (active[: len(runs), : covered.shape[1]] * covered).sum(1) * calls[: len(runs)]
+            tokens[: len(runs)] = torch.where(runs > 0, inside // runs.clamp_min(1), tokens[: len(runs)])
+        self.tokens += tokens
         self.visits.zero_()
-
-    @property
-    def touched(self) -> Tensor:
-        """How many tokens were changed so far: int64, 0-dim, on the device of the table."""
-        self.settle()
-        return self.tokens.sum()
 
     def to(self, device: torch.device) -> "Table":
         """Move the table; tensors are replaced, so graphs that were captured with it are void."""
