@@ -31,8 +31,8 @@ namespace py = pybind11;
 namespace pysteer {
 namespace {
 
-constexpr std::int64_t kChannels = 512;  // of one piece of work
-constexpr std::int64_t kTokens = 1024;
+constexpr std::int64_t kChannels = 2048;  // of one piece of work
+constexpr std::int64_t kTokens = 512;
 
 struct Sums {
     std::int64_t rows, tokens, width, x_row, x_token, x_channel;

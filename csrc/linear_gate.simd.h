@@ -8,6 +8,22 @@ inline float lanes_of(Vec v) {
     return four[0];
 }
 
+// sums[0..width) plus kTokens tokens.
+template <int kTokens, class T>
+inline void add_tokens(const T* const* token, std::int64_t width, float* sums) {
+    std::int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+        Vec sum = load(token[0] + d);
+        for (int t = 1; t < kTokens; ++t) sum = add(sum, load(token[t] + d));
+        store(sums + d, add(load(sums + d), sum));
+    }
+    for (; d < width; ++d) {
+        float sum = to_float(token[0][d]);
+        for (int t = 1; t < kTokens; ++t) sum += to_float(token[t][d]);
+        sums[d] += sum;
+    }
+}
+
 // sums[0..width) of the tokens [begin, end) that count, channels next to each other. partial: [width].
 template <class T>
 void sum_tokens(const T* x, std::int64_t stride, std::int64_t begin, std::int64_t end, const std::uint8_t* counted,
@@ -15,14 +31,13 @@ void sum_tokens(const T* x, std::int64_t stride, std::int64_t begin, std::int64_
     std::fill(sums, sums + width, 0.0f);
     for (std::int64_t first = begin; first < end; first += kFlush) {
         std::fill(partial, partial + width, 0.0f);
-        const std::int64_t last = std::min(first + kFlush, end);
-        for (std::int64_t t = first; t < last; ++t) {
-            if (counted && !counted[t]) continue;
-            const T* token = x + t * stride;
-            std::int64_t d = 0;
-            for (; d + kLanes <= width; d += kLanes) store(partial + d, add(load(partial + d), load(token + d)));
-            for (; d < width; ++d) partial[d] += to_float(token[d]);
+        const T* tokens[kFlush];
+        std::int64_t number = 0, t = 0;
+        for (std::int64_t i = first; i < std::min(first + kFlush, end); ++i) {
+            if (!counted || counted[i]) tokens[number++] = x + i * stride;
         }
+        for (; t + 8 <= number; t += 8) add_tokens<8>(tokens + t, width, partial);
+        for (; t < number; ++t) add_tokens<1>(tokens + t, width, partial);
         std::int64_t d = 0;
         for (; d + kLanes <= width; d += kLanes) store(sums + d, add(load(sums + d), load(partial + d)));
         for (; d < width; ++d) sums[d] += partial[d];
