@@ -11,10 +11,13 @@ namespace pysteer {
 // The parameters that hold for one row.
 struct PrototypeSet {
     const float *weight, *offset, *delta;
+    const float* panels;  // the weights turned over, or null
     std::int64_t width, prototypes;
     float strength;
     bool pull;
 };
+
+constexpr std::int64_t kBlock = 48;  // tokens of one piece of work
 
 }  // namespace pysteer
 
@@ -30,7 +33,9 @@ namespace py = pybind11;
 namespace pysteer {
 namespace {
 
-constexpr std::int64_t kBlock = 48;  // tokens of one piece of work
+// From here on turning the prototypes over pays. Not a matter of the other rows, which must not change a bit of this
+// one.
+constexpr std::int64_t kFewestTokens = 16, kFewestPrototypes = 20;
 
 struct PrototypeShift {
     Frame frame;
@@ -40,12 +45,42 @@ struct PrototypeShift {
     std::vector<Row> rows;
     int threads;
     bool streaming;
+    std::vector<std::int64_t> sets;   // that are in use, where there are panels
+    std::vector<std::int64_t> place;  // of a set among them
+    std::vector<float> panels;
+    std::int64_t panels_of_set = 0;  // floats
+
+    void plan_panels() {
+        if (frame.tokens < kFewestTokens || prototypes < kFewestPrototypes) return;
+        panels_of_set = PYSTEER_PICK(panels_size)(prototypes, frame.width);
+        for (const Row& row : rows) {
+            if (row.start == row.end) continue;
+            if (row.set >= std::int64_t(place.size())) place.resize(row.set + 1, -1);
+            if (place[row.set] >= 0) continue;
+            place[row.set] = std::int64_t(sets.size());
+            sets.push_back(row.set);
+        }
+        panels.resize(sets.size() * panels_of_set);
+    }
+
+    void pack(std::int64_t index) {
+        const std::int64_t size = PYSTEER_PICK(panel_size)(), each = (prototypes + size - 1) / size;
+        const std::int64_t number = index / each;
+        PYSTEER_PICK(pack_panel)
+        (weight + sets[number] * prototypes * frame.width, prototypes, frame.width, index % each,
+         panels.data() + number * panels_of_set);
+    }
+    std::int64_t packs() const {
+        const std::int64_t size = PYSTEER_PICK(panel_size)();
+        return std::int64_t(sets.size()) * ((prototypes + size - 1) / size);
+    }
 
     PrototypeSet set_of(const Row& row) const {
         const std::int64_t bank = row.set * prototypes;
         return {weight + bank * frame.width,
                 offset + bank,
                 delta + bank * frame.width,
+                panels_of_set ? panels.data() + place[row.set] * panels_of_set : nullptr,
                 frame.width,
                 prototypes,
                 row.strength,
@@ -54,18 +89,20 @@ struct PrototypeShift {
 };
 
 template <class T>
-void run(std::uintptr_t x_address, std::uintptr_t y_address, const PrototypeShift& op) {
+void run(std::uintptr_t x_address, std::uintptr_t y_address, PrototypeShift& op) {
     const T* x = reinterpret_cast<const T*>(x_address);
     T* y = reinterpret_cast<T*>(y_address);
     const Frame& f = op.frame;
     const bool by_token = f.by_token();
     const auto shift_tokens = PYSTEER_PICK(prototype_tokens<T>);
     const auto shift_channels = PYSTEER_PICK(prototype_channels<T>);
-    const std::int64_t blocks = (f.tokens + kBlock - 1) / kBlock;
+    const std::int64_t blocks = (f.tokens + kBlock - 1) / kBlock, packs = op.packs();
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
     {
         std::vector<float> scratch(std::min(kBlock, f.tokens) * f.width);
         std::int32_t nearest[kBlock];
+#pragma omp for schedule(dynamic)
+        for (std::int64_t i = 0; i < packs; ++i) op.pack(i);
 #pragma omp for schedule(dynamic) nowait
         for (std::int64_t i = 0; i < f.rows * blocks; ++i) {
             const std::int64_t r = i / blocks, first = i % blocks * kBlock, last = std::min(first + kBlock, f.tokens);
@@ -111,6 +148,7 @@ int prototype_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, s
                       steps,
                       capacity};
     if (const Status status = read_rows(table, op.frame, op.rows)) return status;
+    op.plan_panels();
     const DType type = DType(dtype);
     const std::int64_t bytes = rows * tokens * width * element_size(type);
     op.threads = threads_for(bytes * std::max<std::int64_t>(prototypes / 8, 1), threads);

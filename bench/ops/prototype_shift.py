@@ -13,6 +13,8 @@ def _row(rows: int, tokens: int, width: int, dtype: torch.dtype, count: int, dev
 
 ROWS = [
     _row(16, 64, 192, FP32, 64),
+    _row(64, 121, 192, FP32, 64),
+    _row(64, 121, 192, FP32, 256),
     _row(2, 1024, 2048, BF16, 4),
     _row(2, 1024, 2048, BF16, 16),
     _row(2, 1024, 2048, BF16, 64),

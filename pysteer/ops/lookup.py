@@ -39,13 +39,30 @@ def laid_out_like(y: Tensor, x: Tensor) -> Tensor:
     return y if y.stride() == result.stride() else result.copy_(y)
 
 
+def own_scores(tokens: Tensor, factor: Tensor, scale: Tensor) -> Tensor:
+    """Return c_k (|F_k x|² - |x|²) / 2 for `tokens` [R, L, D], factors [R, K, r, D] and scales [R, K], as [R, L, K]."""
+    z, c = factor.to(tokens.dtype), scale.to(tokens.dtype)
+    along_factor = tokens @ z.flatten(1, 2).transpose(1, 2)
+    squares = along_factor.square().reshape(*tokens.shape[:2], *factor.shape[1:3]).sum(-1)
+    return 0.5 * c.unsqueeze(1) * (squares - tokens.square().sum(-1, keepdim=True))
+
+
 def close_scores(
-    x: Tensor, weight: Tensor, offset: Tensor, slot: Tensor, strength: Tensor, clock: Tensor, channel_dim: int
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    slot: Tensor,
+    strength: Tensor,
+    clock: Tensor,
+    channel_dim: int,
+    factor: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return where the two best of the scores x·w_k + o_k lie so close that fp32 rounding may decide.
 
     Args:
         x: the activation; weight: [P, K, D]; offset: [P, K]; the rest as for the ops.
+        factor, scale: of `prototype_shift`.
 
     Returns:
         A mask that broadcasts against `x`.
@@ -54,8 +71,14 @@ def close_scores(
     moved = x.movedim(channel_dim, -1).double()
     tokens = moved.unsqueeze(1).flatten(1, -2)
     w, o = weight.index_select(0, which).double(), offset.index_select(0, which).double()
-    best = (tokens @ w.transpose(1, 2) + o.unsqueeze(1)).topk(min(2, w.shape[1]), -1).values
-    size = (tokens.abs() @ w.abs().transpose(1, 2)).amax(-1) + best[..., 0].abs()
+    score = tokens @ w.transpose(1, 2) + o.unsqueeze(1)
+    size = (tokens.abs() @ w.abs().transpose(1, 2)).amax(-1)
+    if factor is not None and scale is not None:
+        own = scale.index_select(0, which)
+        score = score + own_scores(tokens, factor.index_select(0, which), own)
+        size = size + own.amax(-1, keepdim=True) * tokens.square().sum(-1)
+    best = score.topk(min(2, w.shape[1]), -1).values
+    size = size + best[..., 0].abs()
     close = (best[..., 0] - best[..., -1] < 1e-6 * size) & (w.shape[1] > 1)
     return close.reshape(moved.shape[:-1]).unsqueeze(channel_dim)
 

@@ -8,8 +8,12 @@ from checking import CPU_VARIANTS
 from torch import Tensor
 
 from pysteer.errors import InputError
-from pysteer.ops import Case, backend, get
-from pysteer.ops.prototype_shift import prototype_shift
+from pysteer.ops import Case, backend, backend_status, backends, get
+from pysteer.ops.layouts import frame_of
+from pysteer.ops.prototype_shift import precise_banks, prototype_shift
+from pysteer.ops.quadratic_distance import quadratic_distance
+
+CPU_IS_LIVE = backend_status()["cpu"].live
 
 
 def table(rows: int, strength: float = 1.0) -> dict[str, Tensor]:
@@ -39,7 +43,7 @@ def test_formula() -> None:
 
 
 @pytest.mark.parametrize("name", CPU_VARIANTS)
-@pytest.mark.parametrize("prototypes", [2, 3, 17, 64, 256])
+@pytest.mark.parametrize("prototypes", [2, 3, 17, 20, 37, 64, 115, 256])
 @pytest.mark.parametrize("width", [1, 3, 48, 65])
 def test_the_lowest_index_wins_ties(name: str, prototypes: int, width: int) -> None:
     generator = torch.Generator().manual_seed(prototypes + width)
@@ -70,6 +74,49 @@ def test_euclid_and_mahalanobis() -> None:
         nearest = torch.einsum("rlkd,de,rlke->rlk", difference, metric, difference).argmin(-1)
         torch.testing.assert_close(y, x + 0.5 * delta[1][nearest])
         assert nearest.unique().numel() > 1
+
+
+def test_precision_per_prototype() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, mu = torch.randn(2, 60, 12, generator=generator), torch.randn(2, 7, 12, generator=generator)
+    factor = 0.25 * torch.randn(2, 7, 2, 12, generator=generator)
+    scale, delta = torch.rand(2, 7, generator=generator) + 0.5, torch.randn(2, 7, 12, generator=generator)
+    weight, offset = precise_banks(mu, factor, scale)
+    squares = quadratic_distance(x, mu[1], factor[1], scale[1])
+    given = {"factor": factor, "scale": scale, **table(2)}
+    nearest = squares.argmin(-1)
+    assert nearest.unique().numel() > 2
+    assert not torch.equal(nearest, quadratic_distance(x, mu[1]).argmin(-1))
+    torch.testing.assert_close(prototype_shift(x, weight, offset, delta, **given), x + delta[1][nearest])
+    soft = prototype_shift(x, weight, offset, delta, temperature=0.5, **given)
+    torch.testing.assert_close(soft, x + torch.softmax(-squares, -1) @ delta[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not CPU_IS_LIVE, reason="the compiled extension is not built")
+def test_a_row_does_not_depend_on_the_others() -> None:
+    i = get("prototype_shift").make_inputs(Case(4, 40, 70, strength="one", sizes={"prototypes": 50}))
+    together = prototype_shift(**i)
+    for row in range(4):
+        alone = {**i, "x": i["x"][row : row + 1]}
+        alone["slot"], alone["strength"] = i["slot"][:, row:], i["strength"][:, row:]
+        assert torch.equal(prototype_shift(**alone)[0], together[row])
+
+
+@pytest.mark.skipif(not (backend_status()["triton"].live and backends.interpreted()), reason="no Triton interpreter")
+def test_bf16_activations_meet_all_bits_of_the_prototypes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(1, 9, (2, 40, 32), generator=generator).bfloat16()
+    # Alike but for the bits that a sum of two bf16 numbers does not hold.
+    weight = 1 + 2**-8 + torch.rand(2, 16, 32, generator=generator) * 2**-17
+    delta = torch.arange(16.0).view(1, -1, 1).expand(2, -1, 32).contiguous()
+    out, source, target = torch.empty(2, 40, 32), frame_of(x, -1), frame_of(torch.empty(2, 40, 32), -1)
+    rest = (torch.ones(1, 2, dtype=torch.int32), torch.ones(1, 2), torch.tensor(0), None, None, None)
+    launch = backends.load_kernels("prototype_shift").launch
+    launch(out, x, weight, torch.zeros(2, 16), delta, *rest, False, 0.0, "none", source, target)
+    scores = x.double() @ weight[1].double().T
+    best = scores.gather(-1, (out - x.float())[..., :1].long()).squeeze(-1)
+    assert (scores.amax(-1) - best <= 4e-7 * scores.amax(-1)).all()
+    assert (scores.amax(-1) - scores.amin(-1) > 8e-7 * scores.amax(-1)).any()
 
 
 def test_soft_goes_from_hard_to_mean() -> None:
@@ -117,6 +164,9 @@ def test_more_prototypes_than_the_kernels_take() -> None:
         ({"offset": torch.zeros(4, 7)}, r"offset: got 'float32 \[4, 7\]"),
         ({"weight": torch.zeros(4, 6)}, "weight: got"),
         ({"delta": torch.zeros(4, 8, 5)}, "delta: got"),
+        ({"factor": torch.zeros(4, 8, 2, 6)}, "scale: got 'nothing'; allowed: factor and scale together"),
+        ({"factor": torch.zeros(4, 8, 6), "scale": torch.ones(4, 8)}, "factor: got"),
+        ({"factor": torch.zeros(4, 8, 2, 6), "scale": torch.ones(4)}, "scale: got"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], message: str) -> None:
@@ -130,3 +180,24 @@ def test_autocast_does_not_lower_the_precision() -> None:
     plain = prototype_shift(**i)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(prototype_shift(**i), plain)
+
+
+@pytest.mark.skipif(not CPU_IS_LIVE, reason="the compiled extension is not built")
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_kernel_stays_in_a_compiled_graph(grad: bool) -> None:
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    i = get("prototype_shift").make_inputs(Case(3, 20, 16))
+    x = i.pop("x").requires_grad_(grad)
+    torch._dynamo.reset()
+    backends._choices.clear()  # as in a process that compiles before it has run anything
+    y = torch.compile(lambda x: prototype_shift(x, **i) + 0.0, backend=record, fullgraph=True)(x)
+    assert f"pysteer.prototype_shift{'_ad' * grad}.default" in seen
+    torch.testing.assert_close(y, prototype_shift(x, **i))
+    transformed = torch.compile(torch.func.grad(lambda x: prototype_shift(x, **i).square().sum()), backend=record)
+    expected = torch.func.grad(lambda x: prototype_shift(x, **i).square().sum())(x.detach())
+    torch.testing.assert_close(transformed(x.detach()), expected)
