@@ -50,12 +50,18 @@ def declare(
     return getattr(torch.ops.pysteer, names[0]).default, getattr(torch.ops.pysteer, names[-1]).default
 
 
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether a function of torch.func or forward mode is at work; asked for real, as a traced answer is always yes."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def plain_torch_needed(*parameters: Tensor) -> bool:
     """Whether somebody differentiates in a way that only plain torch supports.
 
     That is: in the parameters of the op, with functions of torch.func (vmap included), or in forward mode.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _transformed():
         return True
     if torch.is_grad_enabled():
         for parameter in parameters:
