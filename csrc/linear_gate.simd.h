@@ -1,5 +1,7 @@
 // Inner loops of linear_gate for one instruction set, included by each_isa.h.
 
+namespace {  // other kernel files have sums and dot products of their own in this namespace
+
 constexpr std::int64_t kFlush = 64;  // tokens that are added up before their sum is added to the others
 
 inline float lanes_of(Vec v) {
@@ -104,3 +106,5 @@ inline float gate_of(const float* v, const GateCall& g, float* spare) {
     const float probability = 1.0f / (1.0f + rest);
     return g.threshold < 0.0f ? probability : probability >= g.threshold ? 1.0f : 0.0f;
 }
+
+}  // namespace

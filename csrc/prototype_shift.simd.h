@@ -7,6 +7,8 @@
 
 #include "dot_tiles.h"
 
+namespace {  // other kernel files have panels and tiles of their own in this namespace
+
 #if PYSTEER_ISA_LEVEL >= 3
 constexpr int kTile = 6;
 constexpr int kSums = 24;       // that are kept in registers
@@ -216,3 +218,5 @@ void prototype_channels(const T* x, T* y, std::int64_t tokens, std::int64_t x_st
         for (std::int64_t t = 0; t < tokens; ++t) y[d * y_stride + t] = from_float<T>(scratch[t * set.width + d]);
     }
 }
+
+}  // namespace
