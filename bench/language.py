@@ -3,8 +3,8 @@
     python -m bench.language --rounds 9
 
 Contenders take turns on the same weights, one thread, and process time is taken, so that other programs on the machine
-count little. `hooks` is the field's usual way, written from the formulas: a forward hook per site that compares with the
-support, blends, gates and casts. A contender whose output does not differ from the unsteered one gets no time.
+count little. `hooks` is the field's usual way, written from the formulas: a forward hook per site that compares with
+the support, blends, gates and casts. A contender whose output does not differ from the unsteered one gets no time.
 """
 
 from __future__ import annotations
