@@ -101,7 +101,7 @@ def _choose(x: Tensor, weight: Tensor, room: int, channel_dim: int) -> Launch:
         return Launch("reference")
 
     def serves(name: str) -> bool:
-        return name == "cpu"
+        return name == "cpu" or (name == "triton" and bool(backends.load_kernels("sae_encode").serves(weight, room)))
 
     return choose("sae_encode", x, x, channel_dim, serves)
 
@@ -348,7 +348,7 @@ SPEC = OpSpec(
     reference=sae_encode_reference,
     make_inputs=_make_inputs,
     implementation=_implementation,
-    backends={"cpu": _ALL},
+    backends={"cpu": _ALL, "triton": f"{_ALL}; up to 128 latents of a token, of 262144"},
     variants={
         "topk": {},
         "batch": {"mode": "batch_topk"},
