@@ -201,6 +201,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=0, help="threads of torch on the CPU; 0 leaves them alone")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit", type=float, default=0, help="seconds after which no further row is begun; 0: none")
     parser.add_argument("--out", type=Path, help="write the result to ops.json in this folder instead of bench/results")
     return parser.parse_args()
 
@@ -220,13 +221,21 @@ def main() -> None:
         for row in known.rows
         if asked.device in row.devices and (not asked.op or name in asked.op)
     ]
-    results = []
-    for row in rows:
+    results: list[dict[str, Any]] = []
+    result = {**machine(), "device": asked.device, "rounds": asked.rounds, "rows": results}
+    start = time.monotonic()
+    for number, row in enumerate(rows):
+        if asked.limit and time.monotonic() - start > asked.limit:
+            result["left_out"] = [f"{each.op} {each.title}" for each in rows[number:]]
+            print(f"{len(rows) - number} rows left out after {asked.limit} s", file=sys.stderr)
+            break
         results.append(measure(row, asked.device, asked.rounds, forced))
         print(f"{row.op} {row.title}: {results[-1].get('wrong') or 'ok'}", file=sys.stderr, flush=True)
-    result = {**machine(), "device": asked.device, "rounds": asked.rounds, "rows": results}
+        if asked.out:  # whoever stops us keeps what there is
+            write_json(asked.out / "ops.json", result)
     print(table(result))
-    print(write_json(asked.out / "ops.json", result) if asked.out else append("ops", result), file=sys.stderr)
+    if not asked.out:
+        print(append("ops", result), file=sys.stderr)
     if any(row["wrong"] for row in results):
         sys.exit(1)
 

@@ -107,5 +107,5 @@ if has pytest; then
 else
     note tests skipped "pytest is missing: give its wheels with --wheels; the stage \"small\" has compared every kernel"
 fi
-stage bench 100 "$python" -P -m bench.run --device cuda --rounds 20 --out "$out"
+stage bench 100 "$python" -P -m bench.run --device cuda --rounds 20 --limit 75 --out "$out"
 exit $failed
