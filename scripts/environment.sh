@@ -54,7 +54,8 @@ make_environment() {
         echo "no NVIDIA GPU here: PyTorch's CPU index in PYSTEER_TORCH_INDEX would make the download smaller"
     fi
     echo "installing pysteer-core[$extra] and what it needs (torch is large; this happens once)"
-    "$python" -m pip --disable-pip-version-check install --no-input ${options[@]+"${options[@]}"} -e ".[$extra]"
+    CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc 2>/dev/null || echo 2)}" \
+        "$python" -m pip --disable-pip-version-check install --no-input ${options[@]+"${options[@]}"} -e ".[$extra]"
     "$python" -c "import pysteer._C" 2>/dev/null ||
         echo "note: no compiled kernels here; 'pysteer env' tells what serves instead" >&2
     echo "$stamp" >"$venv/pysteer-$extra"

@@ -4,8 +4,10 @@
 //     #include "each_isa.h"
 //     const auto run = PYSTEER_PICK(affine_shift);   // isa_avx512::affine_shift, isa_avx2::... or isa_base::...
 //
-// The kernel file has no include guard, includes nothing, and sees pysteer::BFloat16 and the vectors of simd.h. The
-// environment variable PYSTEER_ISA (base, avx2, avx512, avx512_bf16) lowers the choice; it is read once.
+// Everything in it has internal linkage: files of several ops may use the same names, which the linker would merge
+// without a word otherwise. The kernel file has no include guard, includes nothing, and sees pysteer::BFloat16 and the
+// vectors of simd.h. The environment variable PYSTEER_ISA (base, avx2, avx512, avx512_bf16) lowers the choice; it is
+// read once.
 
 #include <algorithm>
 #include <cstdint>
@@ -54,8 +56,10 @@ namespace pysteer {
 
 #define PYSTEER_ISA_LEVEL 0
 namespace isa_base {
+namespace {
 #include "simd.h"
 #include PYSTEER_KERNEL
+}  // namespace
 }  // namespace isa_base
 #undef PYSTEER_ISA_LEVEL
 
@@ -63,8 +67,10 @@ namespace isa_base {
 PYSTEER_TARGET_AVX2
 #define PYSTEER_ISA_LEVEL 2
 namespace isa_avx2 {
+namespace {
 #include "simd.h"
 #include PYSTEER_KERNEL
+}  // namespace
 }  // namespace isa_avx2
 #undef PYSTEER_ISA_LEVEL
 PYSTEER_TARGET_END
@@ -72,8 +78,10 @@ PYSTEER_TARGET_END
 PYSTEER_TARGET_AVX512
 #define PYSTEER_ISA_LEVEL 3
 namespace isa_avx512 {
+namespace {
 #include "simd.h"
 #include PYSTEER_KERNEL
+}  // namespace
 }  // namespace isa_avx512
 #undef PYSTEER_ISA_LEVEL
 PYSTEER_TARGET_END
@@ -81,8 +89,10 @@ PYSTEER_TARGET_END
 PYSTEER_TARGET_AVX512_BF16
 #define PYSTEER_ISA_LEVEL 4
 namespace isa_avx512_bf16 {
+namespace {
 #include "simd.h"
 #include PYSTEER_KERNEL
+}  // namespace
 }  // namespace isa_avx512_bf16
 #undef PYSTEER_ISA_LEVEL
 PYSTEER_TARGET_END
