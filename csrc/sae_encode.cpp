@@ -13,6 +13,7 @@
 #include "registry.h"
 
 namespace pysteer {
+namespace {
 
 // What a token may keep, so far.
 struct Candidates {
@@ -29,8 +30,6 @@ struct PanelOf {
     std::int64_t count;
     std::int32_t first;
 };
-
-namespace {
 
 // Larger values have larger keys, NaN the largest; among equals the lowest index has.
 inline std::uint64_t key_of(float value, std::int32_t index) {
@@ -56,8 +55,6 @@ inline void cut(std::vector<std::uint64_t>& keys, std::int64_t keep) {
     std::nth_element(keys.begin(), keys.begin() + (keep - 1), keys.end(), std::greater<>());
     keys.resize(keep);
 }
-
-}  // namespace
 
 // How a token narrows its candidates down to `keep`.
 struct Selection {
@@ -114,6 +111,7 @@ struct Selection {
     }
 };
 
+}  // namespace
 }  // namespace pysteer
 
 #define PYSTEER_KERNEL "sae_encode.simd.h"

@@ -1,5 +1,7 @@
 // Inner loops of sae_encode for one instruction set, included by each_isa.h.
 
+namespace {  // names repeat between kernel files
+
 #include "dot_tiles.h"
 #include "panels.simd.h"
 
@@ -158,3 +160,5 @@ void encode_dots(const float* x, std::int64_t count, const W* w, const LatentFra
         }
     }
 }
+
+}  // namespace

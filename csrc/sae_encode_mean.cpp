@@ -7,12 +7,14 @@
 #include "registry.h"
 
 namespace pysteer {
+namespace {
 
 struct MeanOf {
     const float *bias, *threshold;  // threshold null: ReLU
     const float* folded;            // subtracted from all tokens by way of the bias, or null
 };
 
+}  // namespace
 }  // namespace pysteer
 
 #define PYSTEER_KERNEL "sae_encode_mean.simd.h"

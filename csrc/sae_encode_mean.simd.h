@@ -1,5 +1,7 @@
 // Inner loops of sae_encode_mean for one instruction set, included by each_isa.h.
 
+namespace {  // names repeat between kernel files
+
 #include "dot_tiles.h"
 #include "panels.simd.h"
 
@@ -34,3 +36,5 @@ void mean_panel(const W* w, const LatentFrame& f, std::int64_t first, const Pack
         }
     }
 }
+
+}  // namespace
