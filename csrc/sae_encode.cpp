@@ -223,29 +223,25 @@ void encode_all(const Encode& op, const std::vector<std::int64_t>& ids, const T*
     }
 }
 
+// The bounds from below of the `keep` best of a token, filled with -inf.
+void lowest_of(const Candidates& mine, std::int64_t keep, float* out) {
+    static thread_local std::vector<float> lower;
+    lower.assign(mine.lower, mine.lower + mine.count);
+    for (float& each : lower) each = each == each ? each : __builtin_inff();
+    if (mine.count > keep) std::nth_element(lower.begin(), lower.begin() + keep - 1, lower.end(), std::greater<>());
+    const std::int64_t count = mine.overflow ? 0 : std::min(mine.count, keep);
+    std::copy_n(lower.begin(), count, out);
+    std::fill(out + count, out + keep, -__builtin_inff());
+}
+
 // Of whole groups of tokens that share their places: raises the limits to what the group keeps for certain.
-void share_limits(const Encode& op, const Selection& selection, std::vector<Candidates>& candidates,
-                  std::int64_t tokens) {
-    std::vector<float> group;
-    for (std::int64_t first = 0; first < tokens; first += op.group) {
-        group.clear();
-        bool whole = true;
-        for (std::int64_t t = first; t < first + op.group; ++t) {
-            Candidates& mine = candidates[t];
-            whole = whole && !mine.overflow;
-            selection.narrow(mine);
-            const std::size_t begin = group.size();
-            for (std::int64_t i = 0; i < mine.count; ++i) {
-                group.push_back(mine.lower[i] == mine.lower[i] ? mine.lower[i] : __builtin_inff());
-            }
-            if (mine.count <= op.keep) continue;
-            std::nth_element(group.begin() + begin, group.begin() + begin + op.keep - 1, group.end(), std::greater<>());
-            group.resize(begin + op.keep);
-        }
-        const std::size_t kept = op.share * op.group;
-        if (!whole || group.size() <= kept) continue;
-        std::nth_element(group.begin(), group.begin() + kept - 1, group.end(), std::greater<>());
-        for (std::int64_t t = first; t < first + op.group; ++t) Selection::raise(candidates[t], group[kept - 1]);
+void share_limits(const Encode& op, std::vector<float>& lower, std::vector<Candidates>& candidates) {
+    const std::int64_t size = op.group * op.keep, kept = op.share * op.group;
+    if (size <= kept) return;
+    for (std::size_t first = 0; first * op.keep < lower.size(); first += op.group) {
+        const auto group = lower.begin() + first * op.keep;
+        std::nth_element(group, group + kept - 1, group + size, std::greater<>());
+        for (std::int64_t t = 0; t < op.group; ++t) Selection::raise(candidates[first + t], group[kept - 1]);
     }
 }
 
@@ -308,6 +304,7 @@ void encode_some(const Encode& op, const Selection& selection, std::int64_t star
     std::vector<const T*> tokens(count);
     for (std::int64_t t = 0; t < count; ++t) tokens[t] = x + op.tokens.offset(start + t);
     pool.clear();
+    std::vector<float> lower(op.group && count % op.group == 0 ? count * op.keep : 0);
     std::vector<std::atomic<std::int64_t>> next(op.threads);
     for (auto& each : next) each = 0;
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
@@ -329,9 +326,12 @@ void encode_some(const Encode& op, const Selection& selection, std::int64_t star
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (std::int64_t t = 0; t < count; ++t) merge(selection, pool, ceil_div(team.size, groups), count, t);
+        for (std::int64_t t = 0; t < count; ++t) {
+            merge(selection, pool, ceil_div(team.size, groups), count, t);
+            if (!lower.empty()) lowest_of(pool.candidates[t], op.keep, lower.data() + t * op.keep);
+        }
 #pragma omp single
-        if (op.group && count % op.group == 0) share_limits(op, selection, pool.candidates, count);
+        if (!lower.empty()) share_limits(op, lower, pool.candidates);
 #pragma omp for schedule(dynamic, 8)
         for (std::int64_t t = 0; t < count; ++t) {
             Candidates& mine = pool.candidates[t];
