@@ -6,13 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysteer.methods.base import Method, SiteFit, check_pair, register, tokens_of
-from pysteer.methods.linear_act import refuse_negatives
+from pysteer.methods.base import register
+from pysteer.methods.unit_map import UnitMap
 
 
 @register
 @dataclass(frozen=True)
-class AurA(Method):
+class AurA(UnitMap):
     """`y = x + s (alpha - 1) x` per unit with `alpha = 1 - 2 (AUROC - 0.5)` where the AUROC is above 0.5, else 1.
 
     Suau et al. 2024 ("Whispering experts"). The AUROC is that of the unit as a detector of the source: a unit that
@@ -26,30 +26,10 @@ class AurA(Method):
 
     pooled: bool = True
 
-    @property
-    def op(self) -> str:
-        return "affine_shift"
-
-    @property
-    def shapes(self) -> dict[str, tuple[str, ...]]:
-        return {"gain": ("D",), "bias": ("D",)}
-
-    def fit_site(
-        self,
-        source: Tensor,
-        target: Tensor,
-        *,
-        negatives: Tensor | None = None,
-        paired: bool = True,
-        seed: int = 0,
-    ) -> SiteFit:
-        """See `Method.fit_site`."""
-        refuse_negatives(self.name, negatives)
-        source = tokens_of(source, "source", pooled=self.pooled)
-        target = tokens_of(target, "target", pooled=self.pooled)
-        check_pair(source, target, None, paired)
+    def fit_units(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See `UnitMap.fit_units`."""
         gain = (1 - 2 * (auroc(source, target) - 0.5).clamp_min(0)).float()
-        return SiteFit({"gain": gain, "bias": torch.zeros_like(gain)}, {})
+        return gain, torch.zeros_like(gain)
 
 
 def auroc(positive: Tensor, negative: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysteer.errors import InputError
-from pysteer.methods.base import Method, SiteFit, check_pair, register, tokens_of
-from pysteer.methods.support import ALL, check_support, support_of
+from pysteer.methods.base import register
+from pysteer.methods.unit_map import UnitMap, check_std_eps, check_support
 
 
 @register
 @dataclass(frozen=True)
-class LinearAcT(Method):
+class LinearAcT(UnitMap):
     """`y = x + s ((w - 1) x + b)` per unit, where `w x + b` is the least-squares line through the sorted samples.
 
     Linear-AcT of Rodriguez et al. 2024 ("Controlling language and diffusion models by transporting activations"): in
@@ -39,35 +38,15 @@ class LinearAcT(Method):
 
     def __post_init__(self) -> None:
         check_support(self.support)
-        if not self.std_eps >= 0:
-            raise InputError("std_eps", value=self.std_eps, allowed="0 or more")
+        check_std_eps(self.std_eps)
 
-    @property
-    def op(self) -> str:
-        return "affine_shift"
+    def options(self) -> dict[str, bool]:
+        """See `UnitMap.options`."""
+        return {"of_mean": True} if self.of_mean else {}
 
-    @property
-    def shapes(self) -> dict[str, tuple[str, ...]]:
-        bounds = {} if self.support == ALL else {"low": ("D",), "high": ("D",)}
-        return {"gain": ("D",), "bias": ("D",), **bounds}
-
-    def fit_site(
-        self,
-        source: Tensor,
-        target: Tensor,
-        *,
-        negatives: Tensor | None = None,
-        paired: bool = True,
-        seed: int = 0,
-    ) -> SiteFit:
-        """See `Method.fit_site`; the result does not depend on `paired` beyond the check, nor on `seed`."""
-        refuse_negatives(self.name, negatives)
-        source = tokens_of(source, "source", pooled=self.pooled)
-        target = tokens_of(target, "target", pooled=self.pooled)
-        check_pair(source, target, None, paired)
-        gain, bias = line_through_quantiles(source, target, self.std_eps)
-        options = {"of_mean": True} if self.of_mean else {}
-        return SiteFit({"gain": gain, "bias": bias, **support_of(source, self.support)}, options)
+    def fit_units(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See `UnitMap.fit_units`."""
+        return line_through_quantiles(source, target, self.std_eps)
 
 
 def line_through_quantiles(source: Tensor, target: Tensor, std_eps: float) -> tuple[Tensor, Tensor]:
@@ -91,14 +70,3 @@ def _quantiles(samples: Tensor, count: int) -> Tensor:
     below = place.floor().long().clamp_max(max(len(ordered) - 2, 0))
     above = (below + 1).clamp_max(len(ordered) - 1)
     return torch.lerp(ordered[below], ordered[above], (place - below)[:, None])
-
-
-def refuse_negatives(name: str, negatives: Tensor | None) -> None:
-    """Raise the error of methods that cannot leave other classes alone."""
-    if negatives is not None:
-        raise InputError(
-            f"negatives with {name}",
-            value=f"{list(negatives.shape)}",
-            allowed="none: one map for all tokens cannot leave some of them alone",
-            fix="use the prototype method, or a row gate",
-        )

@@ -11,7 +11,7 @@ from pysteer.methods import create
 from pysteer.methods.aura import AurA, auroc
 from pysteer.methods.gaussian_transport import GaussianTransport
 from pysteer.methods.linear_act import LinearAcT
-from pysteer.methods.support import support_of
+from pysteer.methods.unit_map import support_of
 from pysteer.ops import affine_shift
 from pysteer.steering import SiteParameters
 
