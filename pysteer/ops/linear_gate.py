@@ -251,7 +251,8 @@ def linear_gate(
             x, weight, bias, factor, scale, span, mask,
             kind=kind, threshold=threshold, per_token=per_token, channel_dim=channel_dim,
         )  # fmt: skip
-    return _plain(x, weight, bias, factor, scale, span, mask, kind, threshold, per_token, channel_dim)
+    with torch.no_grad():
+        return _plain(x, weight, bias, factor, scale, span, mask, kind, threshold, per_token, channel_dim)
 
 
 def _make_inputs(case: Case) -> dict[str, Any]:

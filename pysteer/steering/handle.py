@@ -51,6 +51,7 @@ class _Part:
     runs: Tensor | None = None  # [S], runs that said which tokens of their rows count, since the tables were settled
     covered: Tensor | None = None  # [S, R], how many those were
     everything: bool = False  # whether the span was written for a run without lengths
+    mixed: bool = True  # whether runs with and without lengths may have the same step
     positions: Positions = "all"
     written: tuple[Any, ...] | None = None
 
@@ -86,6 +87,8 @@ class _Part:
                 self.span = torch.zeros(room, 2, dtype=torch.int32, device=self.device)
                 self.covered = torch.zeros(self.tables[0].steps, room, dtype=torch.int64, device=self.device)
                 self.runs = torch.zeros(self.tables[0].steps, dtype=torch.int64, device=self.device)
+        elif self.mixed and (lengths is None) != self.everything:
+            self.settle()  # counted apart: what a run without lengths covers is not known here
         for table in self.tables:
             table.span = self.span if table.site.layout == "tokens" else None
         self.follow(lengths)
@@ -166,7 +169,9 @@ class Handle:
             if site.part not in self._parts:
                 clock = self._family.clock(self._obj, site.part)
                 steps = self._family.steps(self._obj, site.part)
-                self._parts[site.part] = _Part(site.part, steps, clock, positions=self._positions)
+                self._parts[site.part] = _Part(
+                    site.part, steps, clock, positions=self._positions, mixed=self._family.announced
+                )
             part = self._parts[site.part]
             table = Table(entry, site, steps=part.steps, clock=part.clock, capacity=self._capacity)
             table.try_out()
