@@ -47,6 +47,7 @@ make_environment() {
     for one in $covers; do
         [ "$(cat "$venv/pysteer-$one" 2>/dev/null)" != "$stamp" ] || return 0
     done
+    options+=(--no-compile) # only what is imported gets compiled, when it is
     [ -t 1 ] || options+=(--quiet)
     if [ -n "${PYSTEER_TORCH_INDEX:-}" ]; then
         options+=(--extra-index-url "$PYSTEER_TORCH_INDEX")
