@@ -287,7 +287,8 @@ class Handle:
             raise InputError(f"rows of part {part}", value=(cond, uncond), allowed="(B, B), (B, 0) or (0, B)")
         if lengths is not None and len(lengths) != cond + uncond:
             raise InputError(f"lengths of part {part}", value=len(lengths), allowed=f"{cond + uncond}, one per row")
-        self.ensure()
+        if self._family.announced or lengths is not None:  # not at every token of a generation
+            self.ensure()
         state.cond, state.uncond = cond, uncond
         state.clock, state.steps = self._family.clock(self._obj, part), self._family.steps(self._obj, part)
         now = (cond, uncond, state.steps, [table.device for table in state.tables])
