@@ -50,6 +50,36 @@ def declare(
     return getattr(torch.ops.pysteer, names[0]).default, getattr(torch.ops.pysteer, names[-1]).default
 
 
+def dispatch(
+    x: Tensor,
+    out: Tensor | None,
+    arguments: tuple[Any, ...],
+    *,
+    wants_grad: bool,
+    plain: Callable[..., Tensor],
+    differentiable: Callable[..., Tensor],
+    run: Callable[..., Tensor],
+) -> Tensor:
+    """Call the operator that fits: the differentiable one, the plain one, or the kernel itself into `out`.
+
+    Args:
+        x: first argument of the operators; arguments: all others.
+        out: where to write, or None for a fresh tensor.
+        wants_grad: whether a gradient is wanted, which `out` cannot have.
+        plain, differentiable: what `declare` returned.
+        run: `run(out, x, *arguments)` writes into `out` and returns it.
+    """
+    if wants_grad and torch.is_grad_enabled():
+        if out is not None:
+            refuse_out(x)
+        return differentiable(x, *arguments)
+    if out is None:
+        return plain(x, *arguments)
+    if torch.compiler.is_compiling() or not has_memory(x):
+        return out.copy_(plain(x, *arguments))
+    return run(out, x, *arguments)
+
+
 @torch.compiler.assume_constant_result
 def _transformed() -> bool:
     """Whether a function of torch.func or forward mode is at work; asked for real, as a traced answer is always yes."""

@@ -15,7 +15,7 @@ from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.affine_shift import affine_shift, affine_shift_reference
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed
 from pysteer.ops.launch import choose, on_device, packed
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import full_precision
@@ -174,15 +174,15 @@ def linear_shift(
         y = linear_shift_reference(x, weight, *table, linear_bias=linear_bias)
         return y if out is None else out.copy_(y)
     layer = (x, weight) if linear_bias is None else (x, weight, linear_bias)
-    if torch.is_grad_enabled() and any(each.requires_grad for each in layer):
-        if out is not None:
-            refuse_out(x)
-        return _differentiable(x, *arguments)
-    if out is None:
-        return _plain(x, *arguments)
-    if not has_memory(x):
-        return out.copy_(_plain(x, *arguments))
-    return _run(out, x, *arguments)
+    return dispatch(
+        x,
+        out,
+        arguments,
+        wants_grad=any(each.requires_grad for each in layer),
+        plain=_plain,
+        differentiable=_differentiable,
+        run=_run,
+    )
 
 
 def _make_inputs(case: Case) -> dict[str, Any]:

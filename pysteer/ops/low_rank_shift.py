@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, full_precision, laid_out_like, look_up
@@ -145,15 +145,15 @@ def low_rank_shift(
     if _in_plain_torch(x, read.shape[1]) or plain_torch_needed(read, write, bias, strength):
         y = low_rank_shift_reference(x, *arguments, channel_dim=channel_dim)
         return y if out is None else out.copy_(y)
-    if x.requires_grad and torch.is_grad_enabled():
-        if out is not None:
-            refuse_out(x)
-        return _differentiable(x, *arguments, channel_dim)
-    if out is None:
-        return _plain(x, *arguments, channel_dim)
-    if torch.compiler.is_compiling() or not has_memory(x):
-        return out.copy_(_plain(x, *arguments, channel_dim))
-    return _run(out, x, *arguments, channel_dim)
+    return dispatch(
+        x,
+        out,
+        (*arguments, channel_dim),
+        wants_grad=x.requires_grad,
+        plain=_plain,
+        differentiable=_differentiable,
+        run=_run,
+    )
 
 
 def _in_plain_torch(x: Tensor, rank: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, close_scores, full_precision, laid_out_like, look_up, own_scores
@@ -262,15 +262,7 @@ def _dispatch(x: Tensor, out: Tensor | None, *arguments: Any) -> Tensor:
     ):
         y = _in_plain_torch(x, *arguments)
         return y if out is None else out.copy_(y)
-    if wants_grad:
-        if out is not None:
-            refuse_out(x)
-        return _differentiable(x, *arguments)
-    if out is None:
-        return _plain(x, *arguments)
-    if compiling or not has_memory(x):
-        return out.copy_(_plain(x, *arguments))
-    return _run(out, x, *arguments)
+    return dispatch(x, out, arguments, wants_grad=wants_grad, plain=_plain, differentiable=_differentiable, run=_run)
 
 
 def _make_inputs(case: Case) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.affine_shift import affine_shift
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for
 from pysteer.ops.layouts import DTYPE_CODES, Frame, frame_of
 from pysteer.ops.lookup import active_tokens, along, laid_out_like, look_up
@@ -177,15 +177,15 @@ def residual_shift(
         table = (gain, bias, slot, strength, clock, span)
         y = residual_shift_reference(x, f, *table, gate=gate, channel_dim=channel_dim)
         return y if out is None else out.copy_(y)
-    if (x.requires_grad or f.requires_grad) and torch.is_grad_enabled():
-        if out is not None:
-            refuse_out(x)
-        return _differentiable(x, *arguments)
-    if out is None:
-        return _plain(x, *arguments)
-    if not has_memory(x):
-        return out.copy_(_plain(x, *arguments))
-    return _run(out, x, *arguments)
+    return dispatch(
+        x,
+        out,
+        arguments,
+        wants_grad=x.requires_grad or f.requires_grad,
+        plain=_plain,
+        differentiable=_differentiable,
+        run=_run,
+    )
 
 
 def _make_inputs(case: Case) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, has_memory, plain_torch_needed, refuse_out
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, full_precision, laid_out_like, look_up
@@ -373,15 +373,15 @@ def _dispatch(x: Tensor, out: Tensor | None, given: _Arguments) -> Tensor:
     ):
         y = _in_plain_torch(x, given)
         return y if out is None else out.copy_(y)
-    if x.requires_grad and torch.is_grad_enabled():
-        if out is not None:
-            refuse_out(x)
-        return _differentiable(x, *given)
-    if out is None:
-        return _plain(x, *given)
-    if compiling or not has_memory(x):
-        return out.copy_(_plain(x, *given))
-    return _run(out, x, given)
+    return dispatch(
+        x,
+        out,
+        given,
+        wants_grad=x.requires_grad,
+        plain=_plain,
+        differentiable=_differentiable,
+        run=lambda out, x, *_: _run(out, x, given),
+    )
 
 
 def _make_inputs(case: Case) -> dict[str, Any]:
