@@ -90,6 +90,8 @@ def fit(
     if control is not None:
         check_choice("control", control, ("shuffled",))
     check_choice("rows to steer", rows, ("cond", "uncond", "both"))
+    if isinstance(positions, Tensor):
+        raise InputError("positions to fit", value="a mask", allowed='"all", "last" or a slice')
     family = find_family(pipe)
     chosen = choose_sites(family, pipe, sites)
     visual_steps = _checked_steps(
@@ -111,7 +113,7 @@ def fit(
         "sites": [entry.site for entry in parameters],
         "steps": list(visual_steps),
         "rows": rows,
-        "positions": positions if isinstance(positions, str) else [positions.start, positions.stop],
+        "positions": [positions.start, positions.stop] if isinstance(positions, slice) else positions,
         "sequential": sequential,
         "paired": prompts.groups.paired,
         "control": control,
@@ -245,16 +247,16 @@ class _Work:
         if step not in self.wanted[site.name] or rows.cond == 0:
             return x
         lengths = rows.lengths if site.layout == "tokens" else None
-        own = None if lengths is None else lengths[: rows.cond]
-        tokens = as_tokens(x if own is None else rows.valid_first(x), site.layout)[: rows.cond]
+        own = None if lengths is None else lengths[rows.cond_rows]
+        tokens = as_tokens(x if own is None else rows.valid_first(x), site.layout)[rows.cond_rows]
         fitted = self._fit(site, step, tokens, own)
         spans = None if lengths is None else rows.spans
         return _steered(x, self.method.op, fitted, self._steered_rows(rows), site.layout, spans)
 
     def _steered_rows(self, rows: PartRows) -> list[int]:
         source = range(self.prompts.groups.source)
-        chosen = list(source) if self.rows != "uncond" else []
-        return chosen + ([rows.cond + i for i in source] if self.rows != "cond" and rows.uncond else [])
+        chosen = [rows.cond_rows.start + i for i in source] if self.rows != "uncond" else []
+        return chosen + ([rows.uncond_rows.start + i for i in source] if self.rows != "cond" and rows.uncond else [])
 
     def _fit(self, site: Site, step: int, x: Tensor, lengths: Tensor | None) -> SiteFit:
         groups = self.prompts.groups

@@ -141,10 +141,9 @@ class _Patching:
 
     def _patched(self, site: Site, x: Tensor, rows: PartRows, chosen: list[int], groups: int) -> Tensor:
         count, y = len(self.source), x.clone()
-        for half in range(2 if rows.cond and rows.uncond else 1):
-            offset = half * rows.cond
-            if half and site.part == "text":
-                continue
+        halves = [rows.cond_rows.start] if rows.cond else []
+        halves += [rows.uncond_rows.start] if rows.uncond and not (halves and site.part == "text") else []
+        for offset in halves:
             takes = slice(offset + groups * count, offset + (groups + 1) * count)
             for i in chosen:
                 into = slice(offset + i * count, offset + (i + 1) * count)

@@ -63,7 +63,7 @@ class Recorder:
         self._context = None
 
     def _see(self, site: Site, step: int, x: Tensor, rows: PartRows) -> Tensor:
-        wanted = {"cond": slice(0, rows.cond), "uncond": slice(rows.cond, None), "all": slice(None)}[self._rows]
+        wanted = {"cond": rows.cond_rows, "uncond": rows.uncond_rows, "all": slice(None)}[self._rows]
         once = site.part == "text" or site.layout == "rows"
         if (once or self.steps is None or step in self.steps) and len(x[wanted]):
             known = rows.lengths if site.layout == "tokens" else None

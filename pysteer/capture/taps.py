@@ -18,15 +18,28 @@ from pysteer.steering.site import Site, brief, did_you_mean
 
 @dataclass
 class PartRows:
-    """Rows of the running batch of one part, `[cond | uncond]`; `spans` `[R, 2]` holds the valid tokens of each row."""
+    """Rows of the running batch of one part; `spans` `[R, 2]` holds the valid tokens of each row."""
 
     cond: int = 0
     uncond: int = 0
     spans: Tensor | None = None
+    uncond_first: bool = False
 
     @property
     def rows(self) -> int:
         return self.cond + self.uncond
+
+    @property
+    def cond_rows(self) -> slice:
+        """Where the conditional rows are in the batch."""
+        first = self.uncond if self.uncond_first else 0
+        return slice(first, first + self.cond)
+
+    @property
+    def uncond_rows(self) -> slice:
+        """Where the unconditional rows are in the batch."""
+        first = 0 if self.uncond_first else self.cond
+        return slice(first, first + self.uncond)
 
     @property
     def lengths(self) -> Tensor | None:
@@ -110,11 +123,13 @@ def tapped(obj: Any, sites: Iterable[Site], see: See, positions: Positions = "al
         positions: tokens of each row that count as valid, see `pysteer.steer`.
     """
     check_positions(positions)
+    if isinstance(positions, Tensor):
+        raise InputError("positions to read", value="a mask", allowed='"all", "last" or a slice')
     family = find_family(obj)
     sites = list(sites)
     states = {site.part: PartRows() for site in sites}
 
-    def on_rows(part: str, cond: int, uncond: int, lengths: Tensor | None) -> None:
+    def on_rows(part: str, cond: int, uncond: int, lengths: Tensor | None, uncond_first: bool = False) -> None:
         if part in states:
             if lengths is not None:
                 lengths = narrowed(lengths, positions)
@@ -122,7 +137,8 @@ def tapped(obj: Any, sites: Iterable[Site], see: See, positions: Positions = "al
                 raise InputError(
                     f"positions of part {part}", value=positions, allowed="all: its rows have no lengths of their own"
                 )
-            states[part].cond, states[part].uncond, states[part].spans = cond, uncond, lengths
+            state = states[part]
+            state.cond, state.uncond, state.spans, state.uncond_first = cond, uncond, lengths, uncond_first
 
     def clock_of(part: str) -> Callable[[], Tensor]:
         return lambda: family.clock(obj, part)  # asked every time: a model moved to another device has another one

@@ -19,7 +19,7 @@ from pysteer.steering.site import Site
 class OnRows(Protocol):
     """Who is told about the rows of a run."""
 
-    def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None) -> None:
+    def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None, uncond_first: bool = False) -> None:
         """See `Family.connect`."""
 
 
@@ -52,9 +52,10 @@ class Family(ABC):
 
     @abstractmethod
     def connect(self, obj: Any, on_rows: OnRows) -> Callable[[], None]:
-        """Have `on_rows(part, cond, uncond, lengths)` called when a run of a part starts.
+        """Have `on_rows(part, cond, uncond, lengths, uncond_first)` called when a run of a part starts.
 
-        The rows of the batch are `[cond rows | uncond rows]`; one of the counts is zero or both are equal. `lengths`,
+        The rows of the batch are `[cond rows | uncond rows]`, or `[uncond rows | cond rows]` with `uncond_first`, which
+        is False where it is left out; one of the counts is zero or both are equal. `lengths`,
         int `[cond + uncond]`, says how many tokens of each row count, or `[cond + uncond, 2]` the first one and the one
         behind the last; None for all tokens. Returns a function that disconnects.
         """

@@ -1,8 +1,8 @@
 """`steer`: apply a plan to a model or a pipeline while a context lasts."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pysteer.errors import InputError, PysteerError
 from pysteer.steering.attach import Attachment, attach
-from pysteer.steering.plan import Plan, PlanEntry
-from pysteer.steering.positions import Positions, check_positions, narrowed
+from pysteer.steering.part import Part
+from pysteer.steering.plan import Plan
+from pysteer.steering.positions import Positions, check_positions
+from pysteer.steering.stack import Stack, kind_of, stacked
 from pysteer.steering.table import ALL_TOKENS, Table
 
 Strength = float | Tensor | Mapping[str, float | Tensor]
@@ -36,93 +38,15 @@ class SiteReport:
     steps: tuple[int, ...]
 
 
-@dataclass
-class _Part:
-    """Tables of one part of the model, which share clock, span and the rows of the batch."""
-
-    name: str
-    steps: int
-    clock: Tensor
-    tables: list[Table] = field(default_factory=list)
-    entries: list[PlanEntry] = field(default_factory=list)
-    cond: int = 0
-    uncond: int = 0
-    span: Tensor | None = None
-    runs: Tensor | None = None  # [S], runs that said which tokens of their rows count, since the tables were settled
-    covered: Tensor | None = None  # [S, R], how many those were
-    everything: bool = False  # whether the span was written for a run without lengths
-    mixed: bool = True  # whether runs with and without lengths may have the same step
-    positions: Positions = "all"
-    written: tuple[Any, ...] | None = None
-
-    @property
-    def prompts(self) -> int:
-        return max(self.cond, self.uncond)
-
-    @property
-    def device(self) -> torch.device:
-        return self.tables[0].device
-
-    def settle(self) -> None:
-        """Have every table add up what it counted, and begin anew."""
-        for table in self.tables:
-            table.settle(self.runs, self.covered)
-        if self.runs is not None and self.covered is not None:
-            self.runs.zero_()
-            self.covered.zero_()
-
-    @torch.no_grad()
-    def set_span(self, lengths: Tensor | None) -> None:
-        """Touch the first `lengths[r]` tokens of row r, or those of a span `[R, 2]`; all tokens without lengths."""
-        if self.span is None and lengths is None and self.positions == "all":
-            return
-        room = self.tables[0].capacity
-        fits = self.span is not None and len(self.span) >= room and self.span.device == self.device
-        shared = all(table.span is self.span for table in self.tables if table.site.layout == "tokens")
-        if fits and shared and lengths is None and self.everything:
-            return
-        if not fits:
-            self.settle()
-            with torch.inference_mode(False):
-                self.span = torch.zeros(room, 2, dtype=torch.int32, device=self.device)
-                self.covered = torch.zeros(self.tables[0].steps, room, dtype=torch.int64, device=self.device)
-                self.runs = torch.zeros(self.tables[0].steps, dtype=torch.int64, device=self.device)
-        elif self.mixed and (lengths is None) != self.everything:
-            self.settle()  # counted apart: what a run without lengths covers is not known here
-        for table in self.tables:
-            table.span = self.span if table.site.layout == "tokens" else None
-        self.follow(lengths)
-
-    def follow(self, lengths: Tensor | None) -> None:
-        """Write lengths or spans of the rows of a batch; tensor code alone, for compiled graphs as well."""
-        assert self.span is not None
-        assert self.runs is not None
-        assert self.covered is not None
-        closed = isinstance(self.positions, slice) and self.positions.stop is not None
-        self.everything = lengths is None and not closed
-        self.span[:, 0] = 0
-        self.span[:, 1] = ALL_TOKENS if self.everything else 0
-        if self.everything:
-            return
-        if lengths is not None:
-            if len(lengths) > len(self.span):
-                allowed = f"at most {len(self.span)} in a compiled run"
-                raise InputError("rows of the batch", value=len(lengths), allowed=allowed, fix="steer(..., capacity=)")
-            self.span[: len(lengths)].copy_(narrowed(lengths, self.positions))
-        now = torch.arange(len(self.runs), device=self.runs.device) == self.clock
-        self.runs.add_(now)
-        self.covered.add_(now[:, None] * (self.span[:, 1] - self.span[:, 0]))
-
-
 class _Listener:
     """Passes announced rows on to a handle. Copies and pickles of it do nothing: a copied model is not steered."""
 
     def __init__(self, handle: "Handle | None" = None) -> None:
         self._handle = handle
 
-    def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None) -> None:
+    def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None, uncond_first: bool = False) -> None:
         if self._handle is not None:
-            self._handle.rows(part, cond, uncond, lengths)
+            self._handle.rows(part, cond, uncond, lengths, uncond_first)
 
     def follow(self, part: str, lengths: Tensor | None) -> None:
         """What a run inside a compiled graph can tell: which tokens of its rows count."""
@@ -140,7 +64,13 @@ class Handle:
     """
 
     def __init__(
-        self, obj: Any, plan: Plan, *, strength: Strength, capacity: int | None, positions: Positions = "all"
+        self,
+        obj: Any,
+        plan: Plan | Sequence[Plan],
+        *,
+        strength: Strength,
+        capacity: int | None,
+        positions: Positions = "all",
     ) -> None:
         from pysteer.families.base import find_family  # families stand on steering, not the other way round
 
@@ -152,44 +82,45 @@ class Handle:
         self._gate: Tensor | None = None
         self._attachments: list[Attachment] = []
         self._disconnect: Callable[[], None] | None = None
-        self._parts: dict[str, _Part] = {}
+        self._parts: dict[str, Part] = {}
         steps = {part: self._family.steps(obj, part) for part in {site.part for site in self._sites.values()}}
-        if not plan.entries:
-            raise InputError("plan without entries", fix="give it parameters for at least one site")
-        for entry in plan.entries:
+        self._plans = _listed(plan)
+        self._stacks = stacked(self._plans)
+        for entry in (entry for plan in self._plans for entry in plan.entries):
             entry.check(self._sites, steps)
         self._strength = self._checked(strength)
-        self._plan = plan
 
     def _build(self) -> None:
         """Make the tables. After connecting, because a family may make its clock only then."""
         self._parts = {}
-        for entry in self._plan.entries:
-            site = self._sites[entry.parameters.site]
+        for stack in self._stacks:
+            site = self._sites[stack.first.site]
             if site.part not in self._parts:
                 clock = self._family.clock(self._obj, site.part)
                 steps = self._family.steps(self._obj, site.part)
-                self._parts[site.part] = _Part(
+                self._parts[site.part] = Part(
                     site.part, steps, clock, positions=self._positions, mixed=self._family.announced
                 )
             part = self._parts[site.part]
-            table = Table(entry, site, steps=part.steps, clock=part.clock, capacity=self._capacity)
+            table = Table(stack, site, steps=part.steps, clock=part.clock, capacity=self._capacity)
             table.try_out()
             part.tables.append(table)
-            part.entries.append(entry)
+            part.stacks.append(stack)
         for part in self._parts.values():
             self._check_fits(part, self._strength)
             if not self._family.announced:
                 self._fill(part)
 
-    def _fill(self, part: _Part) -> None:
+    def _fill(self, part: Part) -> None:
         """Fill the tables for a batch of any size: up to the capacity, or as many rows as the strength has entries."""
         given = [self._of_part(part.name, self._strength), self._gate]
         sizes = [value.shape[-1] for value in given if isinstance(value, Tensor)]
+        sizes += [len(self._plans)] if len(self._plans) > 1 else []
+        sizes += [len(self._positions)] if isinstance(self._positions, Tensor) else []
         rows = max([part.tables[0].capacity if not sizes else 0, *sizes])
         part.settle()
-        for table, entry in zip(part.tables, part.entries, strict=True):
-            table.reserve(entry, part.steps, rows)
+        part.reserve(rows)
+        part.write_mask()
         part.set_span(torch.full((rows,), ALL_TOKENS, dtype=torch.int32, device=part.device))
         part.settle()  # that was no run
         self._write(part, rows)
@@ -268,7 +199,14 @@ class Handle:
         self._gate = value
         self._rewrite()
 
-    def rows(self, part: str, cond: int, uncond: int = 0, lengths: Tensor | None = None) -> None:
+    def rows(
+        self,
+        part: str,
+        cond: int,
+        uncond: int = 0,
+        lengths: Tensor | None = None,
+        uncond_first: bool = False,
+    ) -> None:
         """Announce the rows of the coming run, `[cond rows | uncond rows]`; called by the family.
 
         Args:
@@ -289,18 +227,16 @@ class Handle:
             raise InputError(f"lengths of part {part}", value=len(lengths), allowed=f"{cond + uncond}, one per row")
         if self._family.announced or lengths is not None:  # not at every token of a generation
             self.ensure()
-        state.cond, state.uncond = cond, uncond
+        state.cond, state.uncond, state.uncond_first = cond, uncond, uncond_first
         state.clock, state.steps = self._family.clock(self._obj, part), self._family.steps(self._obj, part)
-        now = (cond, uncond, state.steps, [table.device for table in state.tables])
+        now = (cond, uncond, uncond_first, state.steps, [table.device for table in state.tables])
         unchanged = state.written == now
         if not unchanged:
             state.settle()
             self._check_fits(state, self._strength)
-            if self._gate is not None:
-                self._check_batch("gate", state, self._gate)
-            room = 1 << (cond + uncond - 1).bit_length()  # powers of two, so that growing stays rare
-            for table, entry in zip(state.tables, state.entries, strict=True):
-                table.reserve(entry, state.steps, cond + uncond if cond + uncond <= table.capacity else room)
+            self._check_batches(state)
+            state.reserve(cond + uncond)
+            state.write_mask()
         for table in state.tables:
             table.clock = state.clock
         state.set_span(lengths)
@@ -308,8 +244,8 @@ class Handle:
             self._write(state, cond, uncond)
             state.written = now
 
-    def update(self, plan: Plan) -> None:
-        """Take over another plan in place.
+    def update(self, plan: Plan | Sequence[Plan]) -> None:
+        """Take over another plan in place, or one per prompt.
 
         Entries are matched by site and op, in order; those that the new plan lacks are switched off.
 
@@ -318,25 +254,23 @@ class Handle:
         """
         steps = {part.name: part.steps for part in self._parts.values()}
         steps |= {site.part: self._family.steps(self._obj, site.part) for site in self._sites.values()}
-        free = [(part, i) for part in self._parts.values() for i in range(len(part.tables))]
-        matched: list[tuple[_Part, int, PlanEntry]] = []
-        for entry in plan.entries:
+        plans = _listed(plan)
+        for entry in (entry for each in plans for entry in each.entries):
             entry.check(self._sites, steps)
-            place = next((place for place in free if _same_place(entry, place[0].entries[place[1]])), None)
-            if place is None:
-                raise InputError(
-                    "update with an entry that the attached plan does not have",
-                    value=f"{entry.parameters.op} at {entry.parameters.site}",
-                    fix="attach the superset first and switch entries off by their schedule, or steer again",
-                )
-            _check_shapes(place[0].tables[place[1]], entry)
+        free = [(part, i) for part in self._parts.values() for i in range(len(part.tables))]
+        matched: list[tuple[Part, int, Stack]] = []
+        for stack in stacked(plans):
+            place = _place_of(stack, free)
+            _check_shapes(place[0].tables[place[1]], stack)
             free.remove(place)
-            matched.append((*place, entry))
-        matched += [(part, i, PlanEntry(part.entries[i].parameters, {})) for part, i in free]
-        for part, i, entry in matched:
-            part.entries[i] = entry
-            part.tables[i].load(entry)
-        self._plan = plan
+            matched.append((*place, stack))
+        for part in self._parts.values():
+            _check_plans(part, plans)
+        matched += [(part, i, part.stacks[i].off()) for part, i in free]
+        for part, i, stack in matched:
+            part.stacks[i] = stack
+            part.tables[i].load(stack)
+        self._plans = plans
         self._rewrite()
 
     def report(self) -> list[SiteReport]:
@@ -344,10 +278,10 @@ class Handle:
         found = []
         for part in self._parts.values():
             part.settle()
-            for table, entry in zip(part.tables, part.entries, strict=True):
+            for table, stack in zip(part.tables, part.stacks, strict=True):
                 calls, tokens = table.calls.tolist(), table.tokens.tolist()
                 steps = tuple(step for step, count in enumerate(calls) if count)
-                name, op = entry.parameters.site, entry.parameters.op
+                name, op = stack.first.site, stack.first.op
                 found.append(SiteReport(name, part.name, op, sum(calls), sum(tokens), steps))
         return found
 
@@ -359,8 +293,8 @@ class Handle:
             raise PysteerError(
                 f"the {self._family.name} model ran, but its rows were never announced: nothing was steered"
             )
-        entries = [entry for part in self._parts.values() for entry in part.entries]
-        idle = [r.site for r, entry in zip(report, entries, strict=True) if entry.active and not r.calls]
+        stacks = [stack for part in self._parts.values() for stack in part.stacks]
+        idle = [r.site for r, stack in zip(report, stacks, strict=True) if stack.active and not r.calls]
         if announced and idle:
             raise PysteerError(
                 f"planned sites never ran: {', '.join(idle)}; fix: leave them out of the plan, or run the part of the "
@@ -377,15 +311,15 @@ class Handle:
             elif not self._family.announced:
                 self._fill(part)
 
-    def _write(self, part: _Part, cond: int, uncond: int = 0) -> None:
+    def _write(self, part: Part, cond: int, uncond: int = 0) -> None:
         factors: dict[torch.device, float | Tensor] = {}
         for table in part.tables:
             if table.device not in factors:
                 factors[table.device] = self._factor(part, table)
-            table.write(cond, uncond, factors[table.device])
+            table.write(cond, uncond, factors[table.device], uncond_first=part.uncond_first)
 
     @torch.no_grad()
-    def _factor(self, part: _Part, table: Table) -> float | Tensor:
+    def _factor(self, part: Part, table: Table) -> float | Tensor:
         """Strength times gate for B prompts: a number, `[B]` or `[S, B]`."""
         value = self._of_part(part.name, self._strength)
         if isinstance(value, Tensor):
@@ -428,7 +362,7 @@ class Handle:
         if value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
             raise InputError(what, value="NaN or infinity", allowed="finite values")
 
-    def _check_fits(self, part: _Part, strength: Strength) -> None:
+    def _check_fits(self, part: Part, strength: Strength) -> None:
         value = self._of_part(part.name, strength)
         if not isinstance(value, Tensor):
             return
@@ -441,47 +375,86 @@ class Handle:
                 fix=f'give parts their own: {{"{part.name}": tensor}}',
             )
 
+    def _check_batches(self, part: Part) -> None:
+        """Raise an InputError where gate, plans or mask are for another number of prompts."""
+        if self._gate is not None:
+            self._check_batch("gate", part, self._gate)
+        if isinstance(self._positions, Tensor):
+            self._check_batch("positions", part, self._positions[:, 0])
+        _check_plans(part, self._plans)
+
     @staticmethod
-    def _check_batch(what: str, part: _Part, value: Tensor) -> None:
+    def _check_batch(what: str, part: Part, value: Tensor) -> None:
         if part.prompts and value.shape[-1] != part.prompts:
             allowed = f"{part.prompts}, one per prompt of the batch"
             raise InputError(f"entries of {what}", value=value.shape[-1], allowed=allowed)
 
 
-def _same_place(new: PlanEntry, old: PlanEntry) -> bool:
-    mine, theirs = new.parameters, old.parameters
-    return mine.site == theirs.site and mine.op == theirs.op
+def _listed(plan: Plan | Sequence[Plan]) -> list[Plan]:
+    plans = [plan] if isinstance(plan, Plan) else list(plan)
+    for each in plans:
+        if not isinstance(each, Plan):
+            raise InputError("plan", value=type(each).__name__, allowed="a Plan, or a list of one Plan per prompt")
+    return plans
 
 
-def _check_shapes(table: Table, entry: PlanEntry) -> None:
-    parameters = entry.parameters
+def _check_plans(part: Part, plans: list[Plan]) -> None:
+    if len(plans) > 1 and part.prompts and len(plans) != part.prompts:
+        raise InputError("plans", value=len(plans), allowed=f"1, or {part.prompts}: one per prompt of the batch")
+
+
+def _place_of(stack: Stack, free: list[tuple[Part, int]]) -> tuple[Part, int]:
+    """The table that can take a stack: of its kind, else of its site and op."""
+    held = [(place, place[0].stacks[place[1]].first) for place in free]
+    new = stack.first
+    places = [place for place, first in held if kind_of(first) == kind_of(new)]
+    places += [place for place, first in held if (first.site, first.op) == (new.site, new.op)]
+    if not places:
+        raise InputError(
+            "update with an entry that the attached plan does not have",
+            value=f"{new.op} at {new.site}",
+            fix="attach the superset first and switch entries off by their schedule, or steer again",
+        )
+    return places[0]
+
+
+def _check_shapes(table: Table, stack: Stack) -> None:
+    parameters = stack.first
     where = f"update of {parameters.op} at {parameters.site}"
     options = {name: value for name, value in table.options.items() if name != "channel_dim"}
     if parameters.options != options:
         raise InputError(f"{where}: options", value=parameters.options, allowed=str(options), fix="steer again")
     if set(parameters.tensors) != set(table.bank):  # banks that an op may go without
-        found, allowed = (", ".join(sorted(names)) for names in (parameters.tensors, table.bank))
-        raise InputError(f"{where}: tensors", value=found, allowed=allowed, fix="steer again")
+        given, allowed = (", ".join(sorted(names)) for names in (parameters.tensors, table.bank))
+        raise InputError(f"{where}: tensors", value=given, allowed=allowed, fix="steer again")
     for name, tensor in parameters.tensors.items():
         room = table.bank[name]
-        if tensor.shape[1:] != room.shape[1:] or len(tensor) > len(room) - 1:
+        if tensor.shape[1:] != room.shape[1:] or stack.sets > len(room) - 1:
+            found = [stack.sets, *tensor.shape[1:]]
             allowed = f"[at most {len(room) - 1}, {str(list(room.shape[1:]))[1:]}"
-            raise InputError(f"{where}: shape of {name}", value=list(tensor.shape), allowed=allowed, fix="steer again")
+            raise InputError(f"{where}: shape of {name}", value=found, allowed=allowed, fix="steer again")
 
 
 def steer(
-    obj: Any, plan: Plan, *, strength: Strength = 1.0, capacity: int | None = None, positions: Positions = "all"
+    obj: Any,
+    plan: Plan | Sequence[Plan],
+    *,
+    strength: Strength = 1.0,
+    capacity: int | None = None,
+    positions: Positions = "all",
 ) -> Handle:
     """Steer a model or a pipeline while a context lasts: `with steer(pipe, plan) as handle: ...`.
 
     Args:
         obj: the model or pipeline; a family must know it.
-        plan: what to change, where and how strongly.
+        plan: what to change, where and how strongly; or a list of plans, one per prompt of the batch, which may differ
+            in everything. Entries of the same kind share a table, so hundreds of settings cost little more than one.
         strength: factor on the plan's schedule, see `Handle.strength`.
         capacity: rows to reserve room for; by default it grows with the largest batch, which allocates.
-        positions: which tokens of a row are steered: "all", "last", or a slice such as `slice(3, None)` or
-            `slice(-2, None)`, counted without padding. New tokens of a running generation belong to "last" and to
-            slices without an end.
+        positions: which tokens of a row are steered: "all", "last", a slice such as `slice(3, None)` or
+            `slice(-2, None)`, counted without padding, or a mask, bool `[B, L]` for B prompts of L tokens, padding
+            included. New tokens of a running generation belong to "all", "last" and slices without an end, and not to
+            a mask.
 
     Returns:
         The handle, a context manager. Leaving it restores the model exactly.

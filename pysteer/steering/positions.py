@@ -7,13 +7,13 @@ from torch import Tensor
 
 from pysteer.errors import InputError
 
-Positions = Literal["all", "last"] | slice
+Positions = Literal["all", "last"] | slice | Tensor
 
 
 def narrowed(lengths: Tensor, positions: Positions) -> Tensor:
     """Spans `[R, 2]` of the tokens at `positions` among the first `lengths[r]` tokens or those of given spans."""
     start, end = lengths.unbind(1) if lengths.dim() == 2 else (torch.zeros_like(lengths), lengths)
-    if positions == "all":
+    if isinstance(positions, Tensor) or positions == "all":  # a mask is looked at apart
         return torch.stack((start, end), dim=1)
     chosen = slice(-1, None) if isinstance(positions, str) else positions
     first, last = chosen.start or 0, chosen.stop
@@ -29,8 +29,12 @@ def check_positions(positions: Positions) -> Positions:
     Raises:
         InputError: they are not.
     """
-    allowed = '"all", "last" or a slice of whole numbers with step 1'
-    if isinstance(positions, slice):
+    allowed = '"all", "last", a slice of whole numbers with step 1, or a bool mask [B, L]'
+    if isinstance(positions, Tensor):
+        if positions.dtype == torch.bool and positions.dim() == 2 and positions.numel():
+            return positions
+        positions = f"{positions.dtype} {list(positions.shape)}"  # type: ignore[assignment]
+    elif isinstance(positions, slice):
         edges = (positions.start, positions.stop)
         if positions.step in (None, 1) and all(edge is None or type(edge) is int for edge in edges):
             return positions

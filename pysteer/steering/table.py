@@ -1,4 +1,4 @@
-"""The steering table: what one entry of a plan does at its site, as tensors that the op reads on the device.
+"""The steering table: what entries of one kind do at their site, as tensors that the op reads on the device.
 
 Changing strength, schedule, parameters or the step is a write into these tensors, so a compiled graph or a captured
 CUDA graph sees it without being made again. Only more rows or more steps than ever before allocate.
@@ -14,6 +14,7 @@ from pysteer.errors import InputError, PysteerError
 from pysteer.ops import registry
 from pysteer.steering.plan import PlanEntry
 from pysteer.steering.site import Site
+from pysteer.steering.stack import Stack
 
 ALL_TOKENS = torch.iinfo(torch.int32).max  # end of the span of a row that is touched as a whole
 _DIMS = {"tokens": "[R, L, D]", "rows": "[R, D]", "channels": "[R, D, *spatial]"}
@@ -25,10 +26,10 @@ _CALL = 1 << _CALL_BIT
 
 
 class Table:
-    """Applies one entry of a plan at one site. A plain object: casting or saving the model does not touch it.
+    """Applies a stack of entries at their site. A plain object: casting or saving the model does not touch it.
 
     Args:
-        entry: parameters and schedule, already checked.
+        stack: parameters and schedules, already checked; one entry for all prompts or one per prompt.
         site: where it is applied.
         steps: S, how many steps the clock counts.
         clock: int64, 0-dim, shared by all tables of the part; read on the device.
@@ -40,12 +41,13 @@ class Table:
         slot: int32 `[S, R]`, the parameter set of each row; 0 leaves the row alone.
         strength: fp32 `[S, R]`.
         span: int32 `[R, 2]` or None, tokens `[start, end)` of each row that are touched; shared by the part.
+        mask: bool `[R, L]` or None, further says which tokens of a run over L tokens are touched; shared by the part.
         rows: number of rows in the batch; None until the layout of the batch is known.
     """
 
     def __init__(
         self,
-        entry: PlanEntry,
+        stack: Stack,
         site: Site,
         *,
         steps: int,
@@ -57,25 +59,24 @@ class Table:
         self.clock = clock
         self.device = device or clock.device
         self.span: Tensor | None = None
+        self.mask: Tensor | None = None
         self.rows: int | None = None
-        self.function = registry.get(entry.parameters.op).function
-        self.options: dict[str, Any] = dict(entry.parameters.options)
+        self.function = registry.get(stack.first.op).function
+        self.options: dict[str, Any] = dict(stack.first.options)
         if site.layout == "channels":
             self.options["channel_dim"] = 1
         with torch.inference_mode(False), torch.no_grad():
             self.one = torch.ones(1, dtype=torch.int64, device=self.device)
             self.bank = {
-                name: torch.zeros(1 + entry.parameters.sets, *tensor.shape[1:], device=self.device)
-                for name, tensor in entry.parameters.tensors.items()
+                name: torch.zeros(1 + stack.sets, *tensor.shape[1:], device=self.device)
+                for name, tensor in stack.first.tensors.items()
             }
             self._allocate(steps, capacity)
-        self.load(entry)
+        self.load(stack)
 
     def _allocate(self, steps: int, capacity: int) -> None:
         self.slot = torch.zeros(steps, capacity, dtype=torch.int32, device=self.device)
         self.strength = torch.zeros(steps, capacity, device=self.device)
-        self.choice = torch.zeros(steps, 1, dtype=torch.int32, device=self.device)
-        self.schedule = torch.zeros(steps, 2, device=self.device)
         self.visits = torch.zeros(steps, dtype=torch.int64, device=self.device)
         self.index = torch.arange(steps, device=self.device)
         self.calls = torch.zeros_like(self.visits)
@@ -104,9 +105,18 @@ class Table:
         else:
             self._check_input(x)
             self.visits.index_add_(0, self.clock, self.one, alpha=visit)
-        return self.function(
+        y = self.function(
             x, **self.bank, slot=self.slot, strength=self.strength, clock=self.clock, span=self.span, **self.options
         )
+        return y if self.mask is None else self._masked(x, y, self.mask)
+
+    def _masked(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        """`y` where the mask is true, `x` elsewhere and in a run over another number of tokens than the mask has."""
+        if self.site.layout != "tokens":
+            return y
+        if math.prod(x.shape[1:-1]) != mask.shape[1]:
+            return x.clone()
+        return torch.where(mask[: len(x)].view(*x.shape[:-1], 1), y, x)
 
     def _check_input(self, x: Tensor) -> None:
         dims = x.dim()
@@ -137,17 +147,23 @@ class Table:
             raise InputError(f"{where} do not fit: {error}", fix="fit them for this model") from error
 
     @torch.no_grad()
-    def load(self, entry: PlanEntry) -> None:
-        """Take over parameters and schedule of an entry of the same shapes, in place; `write` makes them effective."""
-        parameters = entry.parameters
-        for name, tensor in parameters.tensors.items():
-            self.bank[name][1 : 1 + parameters.sets].copy_(tensor)
-        steps = parameters.steps
-        choice = [1 if steps is None else steps.index(s) + 1 if s in steps else 0 for s in range(self.steps)]
-        self.choice.copy_(torch.tensor(choice, dtype=torch.int32)[:, None])
-        self.schedule.copy_(torch.tensor([entry.at(s) for s in range(self.steps)], dtype=torch.float32))
+    def load(self, stack: Stack) -> None:
+        """Take over parameters and schedules of the same shapes, in place; `write` makes them effective."""
+        first, begin = 1, {}
+        for parameters in stack.parameters:
+            begin[id(parameters)] = first
+            for name, tensor in parameters.tensors.items():
+                self.bank[name][first : first + parameters.sets].copy_(tensor)
+            first += parameters.sets
+        choice, schedule = [], []  # by column: which set at which step, and how strongly for cond and uncond rows
+        for entry in stack.entries:
+            own = None if entry is None else begin[id(entry.parameters)]
+            choice.append([_set_of(entry, own, step) for step in range(self.steps)])
+            schedule.append([(0.0, 0.0) if entry is None else entry.at(step) for step in range(self.steps)])
+        self.choice = torch.tensor(choice, dtype=torch.int32, device=self.device).T.contiguous()
+        self.schedule = torch.tensor(schedule, dtype=torch.float32, device=self.device).permute(2, 1, 0).contiguous()
 
-    def reserve(self, entry: PlanEntry, steps: int, rows: int) -> None:
+    def reserve(self, stack: Stack, steps: int, rows: int) -> None:
         """Make room for more steps or rows; allocates only then. Settled counts are kept."""
         if steps <= self.steps and rows <= self.capacity:
             return
@@ -157,24 +173,30 @@ class Table:
             self.span = None  # of the old capacity; the part gives a new one
             self.calls[:known] = calls
             self.tokens[:known] = tokens
-        self.load(entry)
+        self.load(stack)
 
     @torch.no_grad()
-    def write(self, cond: int, uncond: int, factor: float | Tensor = 1.0) -> None:
+    def write(self, cond: int, uncond: int, factor: float | Tensor = 1.0, *, uncond_first: bool = False) -> None:
         """Write slot and strength for a batch of `[cond rows | uncond rows]`, in place, after `settle`.
 
         Args:
             factor: multiplies the schedule: a number, or fp32 `[B]` or `[S, B]` for B prompts.
+            uncond_first: the batch is `[uncond rows | cond rows]`.
         """
         rows = cond + uncond
-        pieces = [self.schedule[:, :1].expand(-1, cond), self.schedule[:, 1:].expand(-1, uncond)]
+        pieces = [self.schedule[0].expand(-1, cond)] if cond else []
+        choice = [self.choice.expand(-1, cond)] if cond else []
+        if uncond:
+            place = 0 if uncond_first else len(pieces)
+            pieces.insert(place, self.schedule[1].expand(-1, uncond))
+            choice.insert(place, self.choice.expand(-1, uncond))
         base = torch.cat(pieces, dim=1)
         if isinstance(factor, Tensor) and cond and uncond:
             factor = torch.cat([factor, factor], dim=-1)
         self.strength.zero_()
         self.strength[:, :rows].copy_(base * factor)
         self.slot.zero_()
-        self.slot[:, :rows].copy_(self.choice * (base != 0))
+        self.slot[:, :rows].copy_(torch.cat(choice, dim=1) * (base != 0))
         self.rows = rows
 
     @torch.no_grad()
@@ -203,5 +225,16 @@ class Table:
             for name in ("one", "slot", "strength", "choice", "schedule", "index", "visits", "calls", "tokens"):
                 setattr(self, name, getattr(self, name).to(device))
         self.span = None if self.span is None else self.span.to(device)
+        self.mask = None if self.mask is None else self.mask.to(device)
         self.device = self.slot.device
         return self
+
+
+def _set_of(entry: PlanEntry | None, begin: int | None, step: int) -> int:
+    """Which set of the bank an entry uses at a step, its own ones beginning at `begin`; 0 for none."""
+    if entry is None or begin is None:
+        return 0
+    steps = entry.parameters.steps
+    if steps is None:
+        return begin
+    return begin + steps.index(step) if step in steps else 0
