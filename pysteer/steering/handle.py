@@ -11,9 +11,9 @@ from torch import Tensor
 from pysteer.errors import InputError, PysteerError
 from pysteer.steering.attach import Attachment, attach
 from pysteer.steering.part import Part
-from pysteer.steering.plan import Plan
+from pysteer.steering.plan import Plan, SiteParameters
 from pysteer.steering.positions import Positions, check_positions
-from pysteer.steering.stack import Stack, kind_of, stacked
+from pysteer.steering.stack import Stack, kind_of, lay, stacked
 from pysteer.steering.table import ALL_TOKENS, Table
 
 Strength = float | Tensor | Mapping[str, float | Tensor]
@@ -247,7 +247,7 @@ class Handle:
     def update(self, plan: Plan | Sequence[Plan]) -> None:
         """Take over another plan in place, or one per prompt.
 
-        Entries are matched by site and op, in order; those that the new plan lacks are switched off.
+        Entries are matched by site, op and shapes, in order; those that the new plan lacks are switched off.
 
         Raises:
             InputError: an entry that was not there before, or one with other shapes; nothing is changed then.
@@ -257,21 +257,34 @@ class Handle:
         plans = _listed(plan)
         for entry in (entry for each in plans for entry in each.entries):
             entry.check(self._sites, steps)
-        free = [(part, i) for part in self._parts.values() for i in range(len(part.tables))]
-        matched: list[tuple[Part, int, Stack]] = []
-        for stack in stacked(plans):
-            place = _place_of(stack, free)
-            _check_shapes(place[0].tables[place[1]], stack)
-            free.remove(place)
-            matched.append((*place, stack))
-        for part in self._parts.values():
+        tables = [(part, i) for part in self._parts.values() for i in range(len(part.tables))]
+        kinds = [kind_of(part.stacks[i].first) for part, i in tables]
+        try:
+            columns = lay(plans, kinds)
+        except LookupError as error:
+            raise self._unplaced(error.args[0].parameters) from None
+        stacks = [Stack(tuple(column)) if any(column) else None for column in columns]
+        for (part, i), stack in zip(tables, stacks, strict=True):
             _check_plans(part, plans)
-        matched += [(part, i, part.stacks[i].off()) for part, i in free]
-        for part, i, stack in matched:
-            part.stacks[i] = stack
-            part.tables[i].load(stack)
+            if stack is not None:
+                _check_room(part.tables[i], stack)
+        for (part, i), stack in zip(tables, stacks, strict=True):
+            part.stacks[i] = part.stacks[i].off() if stack is None else stack
+            part.tables[i].load(part.stacks[i])
         self._plans = plans
         self._rewrite()
+
+    def _unplaced(self, new: SiteParameters) -> InputError:
+        """The error for an entry of an update that no table can take; raises a more telling one where there is."""
+        for part in self._parts.values():
+            for table, stack in zip(part.tables, part.stacks, strict=True):
+                if (stack.first.site, stack.first.op) == (new.site, new.op):
+                    _check_shapes(table, new)
+        return InputError(
+            "update with an entry that the attached plan does not have, or not in this order",
+            value=f"{new.op} at {new.site}",
+            fix="attach the superset first and switch entries off by their schedule, or steer again",
+        )
 
     def report(self) -> list[SiteReport]:
         """What each entry did so far, in the order of the plan's parts; waits for the device."""
@@ -403,23 +416,15 @@ def _check_plans(part: Part, plans: list[Plan]) -> None:
         raise InputError("plans", value=len(plans), allowed=f"1, or {part.prompts}: one per prompt of the batch")
 
 
-def _place_of(stack: Stack, free: list[tuple[Part, int]]) -> tuple[Part, int]:
-    """The table that can take a stack: of its kind, else of its site and op."""
-    held = [(place, place[0].stacks[place[1]].first) for place in free]
-    new = stack.first
-    places = [place for place, first in held if kind_of(first) == kind_of(new)]
-    places += [place for place, first in held if (first.site, first.op) == (new.site, new.op)]
-    if not places:
-        raise InputError(
-            "update with an entry that the attached plan does not have",
-            value=f"{new.op} at {new.site}",
-            fix="attach the superset first and switch entries off by their schedule, or steer again",
-        )
-    return places[0]
+def _check_room(table: Table, stack: Stack) -> None:
+    room = len(next(iter(table.bank.values()))) - 1
+    if stack.sets > room:
+        first = stack.first
+        where = f"update of {first.op} at {first.site}: parameter sets"
+        raise InputError(where, value=stack.sets, allowed=f"at most {room}", fix="steer again")
 
 
-def _check_shapes(table: Table, stack: Stack) -> None:
-    parameters = stack.first
+def _check_shapes(table: Table, parameters: SiteParameters) -> None:
     where = f"update of {parameters.op} at {parameters.site}"
     options = {name: value for name, value in table.options.items() if name != "channel_dim"}
     if parameters.options != options:
@@ -429,10 +434,9 @@ def _check_shapes(table: Table, stack: Stack) -> None:
         raise InputError(f"{where}: tensors", value=given, allowed=allowed, fix="steer again")
     for name, tensor in parameters.tensors.items():
         room = table.bank[name]
-        if tensor.shape[1:] != room.shape[1:] or stack.sets > len(room) - 1:
-            found = [stack.sets, *tensor.shape[1:]]
-            allowed = f"[at most {len(room) - 1}, {str(list(room.shape[1:]))[1:]}"
-            raise InputError(f"{where}: shape of {name}", value=found, allowed=allowed, fix="steer again")
+        if tensor.shape[1:] != room.shape[1:]:
+            allowed = f"[any, {str(list(room.shape[1:]))[1:]}"
+            raise InputError(f"{where}: shape of {name}", value=list(tensor.shape), allowed=allowed, fix="steer again")
 
 
 def steer(

@@ -56,6 +56,45 @@ def kind_of(parameters: SiteParameters) -> tuple[Any, ...]:
     return parameters.site, parameters.op, options, shapes
 
 
+def lay(plans: Sequence[Plan], kinds: Sequence[Any]) -> list[list[PlanEntry | None]]:
+    """The entries of every plan in the columns `kinds`, each in the first one of its kind behind the one before.
+
+    Returns:
+        A list `[plans]` per column, None where a plan has nothing.
+
+    Raises:
+        LookupError: an entry has no column, or not in the order of its plan; its argument is the entry.
+    """
+    columns: list[list[PlanEntry | None]] = [[None] * len(plans) for _ in kinds]
+    for row, plan in enumerate(plans):
+        last: dict[str, int] = {}  # where the previous entry of each site went
+        for entry in plan.entries:
+            kind, site = kind_of(entry.parameters), entry.parameters.site
+            place = next((i for i in range(last.get(site, -1) + 1, len(kinds)) if kinds[i] == kind), None)
+            if place is None:
+                raise LookupError(entry)
+            columns[place][row] = entry
+            last[site] = place
+    return columns
+
+
+def _columns(plans: Sequence[Plan]) -> list[Any]:
+    """Kinds in an order that holds the entries of every plan in its own order at each site."""
+    kinds: list[Any] = []
+    for plan in plans:
+        last: dict[str, int] = {}
+        for entry in plan.entries:
+            kind, site = kind_of(entry.parameters), entry.parameters.site
+            begin = last.get(site, -1) + 1
+            place = next((i for i in range(begin, len(kinds)) if kinds[i] == kind), None)
+            if place is None:
+                place = begin if site in last else len(kinds)
+                kinds.insert(place, kind)
+                last = {name: i + (i >= place) for name, i in last.items()}
+            last[site] = place
+    return kinds
+
+
 def stacked(plans: Sequence[Plan]) -> list[Stack]:
     """The tables that serve a batch whose prompt b follows `plans[b]`, or all of whose prompts follow the only plan.
 
@@ -68,17 +107,4 @@ def stacked(plans: Sequence[Plan]) -> list[Stack]:
         raise InputError("plan without entries", fix="give it parameters for at least one site")
     if len(plans) == 1:
         return [Stack((entry,)) for entry in plans[0].entries]
-    columns: list[tuple[Any, list[PlanEntry | None]]] = []
-    for row, plan in enumerate(plans):
-        last: dict[str, int] = {}  # where the previous entry of each site went
-        for entry in plan.entries:
-            kind, site = kind_of(entry.parameters), entry.parameters.site
-            begin = last.get(site, -1) + 1
-            place = next((i for i in range(begin, len(columns)) if columns[i][0] == kind), None)
-            if place is None:
-                place = begin if site in last else len(columns)
-                columns.insert(place, (kind, [None] * len(plans)))
-                last = {name: i + (i >= place) for name, i in last.items()}
-            columns[place][1][row] = entry
-            last[site] = place
-    return [Stack(tuple(entries)) for _, entries in columns]
+    return [Stack(tuple(entries)) for entries in lay(plans, _columns(plans)) if any(entries)]

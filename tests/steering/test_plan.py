@@ -116,7 +116,7 @@ def test_update_takes_other_parameters_and_schedules(model: Toy) -> None:
         now = model.run(x)
         for make, error in (
             (plan("block.1"), r"got 'affine_shift at block\.1'.*superset"),
-            (Plan.build([shift("block.2", steps=(0, 1))]), r"shape of gain: got \[2, 8\]"),
+            (Plan.build([shift("block.2", steps=(0, 1))]), "parameter sets: got 2; allowed: at most 1"),
             (plan("block.2", "block.2"), "does not have"),
             (plan("block.9"), "unknown site"),
         ):
