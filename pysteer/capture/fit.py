@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysteer.capture.fitted import Fitted, stack_fits
+from pysteer.capture.generation import Generate, default_generate
 from pysteer.capture.groups import Groups, align_tokens
+from pysteer.capture.lockstep import Arrival, in_lockstep
 from pysteer.capture.recorder import Recorder
-from pysteer.capture.taps import PartRows, as_tokens, choose_sites, tapped
+from pysteer.capture.taps import PartRows, as_tokens, choose_sites, refuse_steered, tapped
 from pysteer.errors import InputError, PysteerError
 from pysteer.families.base import find_family
 from pysteer.methods import Method, SiteFit
@@ -19,7 +22,6 @@ from pysteer.ops import registry
 from pysteer.steering.positions import Positions
 from pysteer.steering.site import Site
 
-Generate = Callable[[list[str], list[int]], object]
 Progress = Callable[[int, int], object]
 
 
@@ -48,12 +50,14 @@ def fit(
 
     At once: all prompts are generated unsteered, in batches, and every (site, step) is fitted on its own. Memory: the
     recorded activations, `4 (N + M + Q) sum over (site, step) of L D` bytes for N source, M target and Q negative
-    prompts.
+    prompts; with a method that pools, L is 1.
 
     Sequential: one generation of all prompts. Whenever a site is reached it is fitted, and from then on the source rows
     are steered by it, so that every site is fitted with the edits of all earlier sites and steps active (including text
-    sites). It needs all prompts in one batch of R = 2 (N + M + Q) rows (half that without guidance): for a transformer
-    of `depth` blocks and T tokens over all scales the cache takes `8 depth R T D` bytes in fp32.
+    sites). However many sites there are, every prompt runs once. A language model takes the prompts in batches that
+    wait for each other at every site. Other pipelines need all prompts in one batch of R = 2 (N + M + Q) rows (half
+    that without guidance): for a transformer of `depth` blocks and T tokens over all scales the cache takes
+    `8 depth R T D` bytes in fp32.
 
     Args:
         pipe: a pipeline (or, with `generate`, a model) of a known family.
@@ -74,7 +78,7 @@ def fit(
             always fitted from the conditional rows.
         positions: tokens of every text that enter the fit, see `pysteer.steer`; `slice(1, None)` leaves out the first
             token, whose activations dwarf all others in many language models.
-        batch_size: prompts per batch when fitting at once.
+        batch_size: prompts per batch; not used in a sequential fit of an image generator.
         fit_seed: seed of the method and of the shuffle.
         settings: passed on to `pipe(...)`: cfg, tau, top_p, negative_prompts and so on.
         generate: `f(prompts, seeds)` that runs the model; by default `pipe(prompts, seeds=seeds, decode=False,
@@ -90,6 +94,8 @@ def fit(
     if control is not None:
         check_choice("control", control, ("shuffled",))
     check_choice("rows to steer", rows, ("cond", "uncond", "both"))
+    if type(batch_size) is not int or batch_size < 1:
+        raise InputError("batch_size", value=batch_size, allowed="a whole number above 0")
     if isinstance(positions, Tensor):
         raise InputError("positions to fit", value="a mask", allowed='"all", "last" or a slice')
     family = find_family(pipe)
@@ -101,9 +107,9 @@ def fit(
     if control == "shuffled":
         prompts = prompts.shuffled(fit_seed)
     if generate is None:
-        generate = _default_generate(pipe, chosen, settings or {})
+        generate = default_generate(pipe, chosen, settings or {})
     work = _Work(pipe, method, chosen, visual_steps, prompts, rows, positions, fit_seed, generate, progress)
-    fits = work.sequential() if sequential else work.at_once(batch_size)
+    fits = work.sequential(batch_size) if sequential else work.at_once(batch_size)
     parts = {site.name: site.part for site in chosen}
     parameters = [
         stack_fits(name, method.op, by_step, lasting=family.lasting(pipe, parts[name]))
@@ -133,16 +139,6 @@ def _checked_steps(steps: Iterable[int] | None, count: int) -> tuple[int, ...]:
     if len(set(chosen)) != len(chosen) or not chosen:
         raise InputError("steps to fit", value=list(chosen), allowed="at least one, each once")
     return tuple(sorted(chosen))
-
-
-def _default_generate(pipe: Any, sites: list[Site], settings: Mapping[str, Any]) -> Generate:
-    if hasattr(pipe, "read"):
-        return lambda prompts, seeds: pipe.read(prompts, **settings)
-    if all(site.part == "text" for site in sites) and hasattr(pipe, "encode_text"):
-        return lambda prompts, seeds: pipe.encode_text(prompts)
-    if not callable(pipe) or not hasattr(pipe, "encode_text"):
-        raise InputError("fit needs a pipeline", value=type(pipe).__name__, fix="pass generate=f(prompts, seeds)")
-    return lambda prompts, seeds: pipe(prompts, seeds=seeds, decode=False, **settings)
 
 
 @dataclass(frozen=True)
@@ -224,10 +220,9 @@ class _Work:
 
     def at_once(self, batch_size: int) -> dict[str, dict[int, SiteFit]]:
         """Fit everything from one unsteered pass over all prompts."""
-        if type(batch_size) is not int or batch_size < 1:
-            raise InputError("batch_size", value=batch_size, allowed="a whole number above 0")
         every = {step for steps in self.wanted.values() for step in steps}
-        with Recorder(self.pipe, [s.name for s in self.sites], steps=every, positions=self.positions) as recorder:
+        names, pool = [site.name for site in self.sites], "mean" if self.method.pooled else "tokens"
+        with Recorder(self.pipe, names, steps=every, positions=self.positions, pool=pool) as recorder:
             for start in range(0, len(self.prompts.prompts), batch_size):
                 part = slice(start, start + batch_size)
                 self.generate(self.prompts.prompts[part], self.prompts.seeds[part])
@@ -237,24 +232,40 @@ class _Work:
                 self._fit(recorder.sites[name], step, x, None if bool((lengths == x.shape[1]).all()) else lengths)
         return self._finished()
 
-    def sequential(self) -> dict[str, dict[int, SiteFit]]:
-        """Fit every site when the generation reaches it, and steer the source rows by it from there on."""
-        with tapped(self.pipe, self.sites, self._fit_and_steer, self.positions):
-            self.generate(self.prompts.prompts, self.prompts.seeds)
+    def sequential(self, batch_size: int) -> dict[str, dict[int, SiteFit]]:
+        """Fit every site when all prompts have reached it, and steer the source rows by it from there on."""
+        prompts, seeds = self.prompts.prompts, self.prompts.seeds
+        if batch_size >= len(prompts) or not hasattr(self.pipe, "read"):
+
+            def see(site: Site, step: int, x: Tensor, rows: PartRows) -> Tensor:
+                return self._fit_and_steer([Arrival(site, step, x, rows)])[0]
+
+            with tapped(self.pipe, self.sites, see, self.positions):
+                self.generate(prompts, seeds)
+            return self._finished()
+        refuse_steered(find_family(self.pipe).root(self.pipe, self.sites[0].part))
+        parts = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+        runs = [partial(self.generate, prompts[part], seeds[part]) for part in parts]
+        in_lockstep(runs, self._fit_and_steer, lambda see: tapped(self.pipe, self.sites, see, self.positions))
         return self._finished()
 
-    def _fit_and_steer(self, site: Site, step: int, x: Tensor, rows: PartRows) -> Tensor:
-        if step not in self.wanted[site.name] or rows.cond == 0:
-            return x
-        lengths = rows.lengths if site.layout == "tokens" else None
-        own = None if lengths is None else lengths[rows.cond_rows]
-        tokens = as_tokens(x if own is None else rows.valid_first(x), site.layout)[rows.cond_rows]
-        fitted = self._fit(site, step, tokens, own)
-        spans = None if lengths is None else rows.spans
-        return _steered(x, self.method.op, fitted, self._steered_rows(rows), site.layout, spans)
+    def _fit_and_steer(self, arrivals: list[Arrival]) -> list[Tensor]:
+        """Fit a site from the activations of all batches, and steer the source rows of each."""
+        site, step = arrivals[0].site, arrivals[0].step
+        if step not in self.wanted[site.name] or any(a.rows.cond == 0 for a in arrivals):
+            return [a.x for a in arrivals]
+        fitted = self._fit(site, step, *_together(arrivals))
+        answers, first = [], 0
+        for _, _, x, rows in arrivals:
+            spans = rows.spans if site.layout == "tokens" else None
+            own = self._steered_rows(rows, self.prompts.groups.source - first)
+            answers.append(_steered(x, self.method.op, fitted, own, site.layout, spans))
+            first += rows.cond
+        return answers
 
-    def _steered_rows(self, rows: PartRows) -> list[int]:
-        source = range(self.prompts.groups.source)
+    def _steered_rows(self, rows: PartRows, sources: int) -> list[int]:
+        """Rows of a batch whose first `sources` prompts are to be changed."""
+        source = range(max(0, min(sources, rows.cond)))
         chosen = [rows.cond_rows.start + i for i in source] if self.rows != "uncond" else []
         return chosen + ([rows.uncond_rows.start + i for i in source] if self.rows != "cond" and rows.uncond else [])
 
@@ -277,6 +288,18 @@ class _Work:
             if missing:
                 raise PysteerError(f"site {name} never ran at step {missing[0]}, so it cannot be fitted")
         return self.fits
+
+
+def _together(arrivals: list[Arrival]) -> tuple[Tensor, Tensor | None]:
+    """The conditional rows of all batches `[N, L, D]`, and how many tokens of each count; None for all."""
+    layout = arrivals[0].site.layout
+    if layout != "tokens" or arrivals[0].rows.lengths is None:
+        return torch.cat([as_tokens(a.x, layout)[a.rows.cond_rows] for a in arrivals]), None
+    parts = [a.rows.valid_first(a.x)[a.rows.cond_rows] for a in arrivals]
+    longest = max(part.shape[1] for part in parts)
+    tokens = torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+    lengths = [a.rows.lengths[a.rows.cond_rows] for a in arrivals if a.rows.lengths is not None]
+    return tokens, torch.cat(lengths)
 
 
 def _steered(x: Tensor, op: str, fitted: SiteFit, rows: list[int], layout: str, spans: Tensor | None) -> Tensor:

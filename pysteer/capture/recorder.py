@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysteer.capture.pooling import POOLS, pooled_rows
 from pysteer.capture.taps import PartRows, as_tokens, choose_sites, tapped
 from pysteer.errors import InputError
 from pysteer.families.base import find_family
@@ -33,6 +34,7 @@ class Recorder:
         steps: visual steps to keep, None for all; text sites and `pooled` have step 0 only and are always kept.
         rows: "cond", "uncond" or "all".
         positions: tokens of each row to keep, see `pysteer.steer`.
+        pool: "tokens" keeps all of them; "mean" (or another of `pysteer.capture.pooling.POOLS`) one vector per row.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Recorder:
         steps: Iterable[int] | None = None,
         rows: str = "cond",
         positions: Positions = "all",
+        pool: str = "tokens",
     ) -> None:
         check_choice("rows to record", rows, ("cond", "uncond", "all"))
-        self._obj, self._rows, self._positions = obj, rows, check_positions(positions)
+        check_choice("pool", pool, tuple(POOLS))
+        self._obj, self._rows, self._positions, self._pool = obj, rows, check_positions(positions), pool
         self.sites = {site.name: site for site in choose_sites(find_family(obj), obj, sites)}
         self.steps = None if steps is None else frozenset(steps)
         self._kept: dict[tuple[str, int], list[Tensor]] = {}
@@ -73,6 +77,10 @@ class Recorder:
             lengths = torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64)
             if known is not None:
                 lengths = known[wanted].to("cpu", torch.int64)
+            if self._pool != "tokens":
+                rows_kept = pooled_rows(tokens, None if known is None else lengths, self._pool)
+                lengths = torch.tensor([len(row) for row in rows_kept])
+                tokens = torch.stack([row if len(row) else tokens.new_zeros(1, tokens.shape[2]) for row in rows_kept])
             self._kept.setdefault((site.name, step), []).append(tokens)
             self._lengths.setdefault((site.name, step), []).append(lengths)
         return x

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pysteer.errors import InputError, PysteerError
 from pysteer.families.base import Family, find_family
@@ -149,6 +149,17 @@ def tapped(obj: Any, sites: Iterable[Site], see: See, positions: Positions = "al
             taps = [(site, _Tap(site, clock_of(part), rows, see)) for site in sites if site.part == part]
             stack.enter_context(attach(family.root(obj, part), taps))
         yield
+
+
+def refuse_steered(root: nn.Module) -> None:
+    """Raise an InputError if something else is attached inside `root`."""
+    for name, module in root.named_modules():
+        if any(module.__dict__.get(key) for key in ("_steer_fwd", "_steer_call")):
+            raise InputError(
+                "fit in batches, site after site, of a model that is being steered",
+                value=f"something is attached at {name}",
+                fix="leave the steering context, or give batch_size room for all prompts",
+            )
 
 
 def as_tokens(x: Tensor, layout: str) -> Tensor:

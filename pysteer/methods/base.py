@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import InputError
+from pysteer.ops.channel_moments import ChannelMoments
 
 
 class SiteFit(NamedTuple):
@@ -70,6 +71,19 @@ class Method(ABC):
         Raises:
             InputError: shapes that do not fit together, NaN or infinite values, an unsupported combination.
         """
+
+    def fit_moments(self, source: ChannelMoments, target: ChannelMoments) -> SiteFit:
+        """Fit one site at one step from count, mean, variance and range of every unit alone.
+
+        Raises:
+            InputError: the method needs the activations themselves.
+        """
+        raise InputError(
+            f"{self.name} from moments",
+            value="means and variances alone",
+            allowed="mean_difference, gaussian_transport",
+            fix="capture the activations",
+        )
 
     def config(self) -> dict[str, Any]:
         """The configuration as plain JSON types."""

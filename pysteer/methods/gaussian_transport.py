@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysteer.methods.base import register
-from pysteer.methods.unit_map import ALL, UnitMap, check_std_eps, check_support
+from pysteer.methods.base import SiteFit, register
+from pysteer.methods.unit_map import ALL, UnitMap, check_moments, check_std_eps, check_support, range_of
+from pysteer.ops.channel_moments import ChannelMoments
 
 
 @register
@@ -41,8 +42,17 @@ class GaussianTransport(UnitMap):
     def fit_units(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """See `UnitMap.fit_units`."""
         x, y = source.double(), target.double()
-        alive = (x.std(0) > self.std_eps) & (y.std(0) > self.std_eps)
-        one = torch.ones_like(x[0])
-        gain = one if self.only_mean else torch.where(alive, y.std(0) / torch.where(alive, x.std(0), one), one)
-        bias = torch.where(alive, y.mean(0) - gain * x.mean(0), 0.0)
+        return self._map(x.mean(0), x.std(0), y.mean(0), y.std(0))
+
+    def fit_moments(self, source: ChannelMoments, target: ChannelMoments) -> SiteFit:
+        """See `Method.fit_moments`; the support can be "all" or "0-100", which is the range."""
+        check_moments(self, source, target)
+        gain, bias = self._map(source.mean, source.std(), target.mean, target.std())
+        return SiteFit({"gain": gain, "bias": bias, **range_of(source, self.support)}, dict(self.options()))
+
+    def _map(self, mean_x: Tensor, std_x: Tensor, mean_y: Tensor, std_y: Tensor) -> tuple[Tensor, Tensor]:
+        alive = (std_x > self.std_eps) & (std_y > self.std_eps)
+        one = torch.ones_like(mean_x)
+        gain = one if self.only_mean else torch.where(alive, std_y / torch.where(alive, std_x, one), one)
+        bias = torch.where(alive, mean_y - gain * mean_x, 0.0)
         return gain.float(), bias.float()

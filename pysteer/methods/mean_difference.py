@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysteer.methods.base import register
-from pysteer.methods.unit_map import UnitMap
+from pysteer.methods.base import SiteFit, register
+from pysteer.methods.unit_map import UnitMap, check_moments
+from pysteer.ops.channel_moments import ChannelMoments
 
 
 @register
@@ -28,3 +29,9 @@ class MeanDifference(UnitMap):
         """See `UnitMap.fit_units`."""
         bias = (target.double().mean(0) - source.double().mean(0)).float()
         return torch.ones_like(bias), bias
+
+    def fit_moments(self, source: ChannelMoments, target: ChannelMoments) -> SiteFit:
+        """See `Method.fit_moments`."""
+        check_moments(self, source, target)
+        bias = (target.mean - source.mean).float()
+        return SiteFit({"gain": torch.ones_like(bias), "bias": bias}, {})

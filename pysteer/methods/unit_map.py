@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pysteer.errors import InputError
 from pysteer.methods.base import Method, SiteFit, check_pair, tokens_of
+from pysteer.ops.channel_moments import ChannelMoments
 
 ALL = "all"
 
@@ -65,6 +66,32 @@ class UnitMap(Method):
             raise InputError(f"samples of {self.name}", value=given, allowed=f"at least {self.least}")
         gain, bias = self.fit_units(source, target)
         return SiteFit({"gain": gain, "bias": bias, **support_of(source, self.support)}, dict(self.options()))
+
+
+def check_moments(method: UnitMap, source: ChannelMoments, target: ChannelMoments) -> None:
+    """Raise an InputError unless both have the same width, enough samples and finite values."""
+    if source.mean.shape != target.mean.shape:
+        raise InputError("width of the target moments", value=len(target.mean), allowed=f"{len(source.mean)}")
+    least = int(torch.minimum(source.count, target.count).min())
+    if least < method.least:
+        raise InputError(f"samples of {method.name}", value=least, allowed=f"at least {method.least}")
+    for what, moments in (("source", source), ("target", target)):
+        if not bool((torch.isfinite(moments.mean) & torch.isfinite(moments.m2)).all()):
+            raise InputError(f"{what} moments", value="NaN or infinity", allowed="finite values")
+
+
+def range_of(source: ChannelMoments, support: str) -> dict[str, Tensor]:
+    """The bounds of every unit from its smallest and largest value, or nothing for the support "all".
+
+    Raises:
+        InputError: percentages other than 0-100, which moments do not tell.
+    """
+    edges = _edges(support)
+    if edges is None:
+        return {}
+    if edges != (0.0, 1.0):
+        raise InputError("support of a fit from moments", value=support, allowed="all or 0-100")
+    return {"low": source.minimum.float(), "high": source.maximum.float()}
 
 
 def check_support(support: str) -> None:
