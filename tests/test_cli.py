@@ -186,3 +186,32 @@ def test_env(capsys: pytest.CaptureFixture[str]) -> None:
         assert status["live"] or status["reason"]
     assert call("env") == 0
     assert "backend reference" in capsys.readouterr().out
+
+
+def test_capture_and_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.json"
+    captions = {word: [f"a {size} {word} circle" for size in ("small", "large")] for word in ("red", "blue")}
+    prompts.write_text(json.dumps(captions))
+    asked = ["capture", "infinity-shapes", str(tmp_path / "kept"), "--prompts", str(prompts), "--sites", "ca.1,pooled"]
+    assert cli.run_command([*asked, "--steps", "1,2", "--pool", "tokens"]) == 0
+    assert "4 prompts at 3 places" in capsys.readouterr().out
+    both = ["--source", str(tmp_path / "kept"), "--target", str(tmp_path / "kept")]
+    labels = ["--source-label", "red", "--target-label", "blue"]
+    assert cli.run_command(["fit", "linear_act", str(tmp_path / "fitted"), "support=all", *both, *labels]) == 0
+    fitted = pysteer.Fitted.from_pretrained(tmp_path / "fitted")
+    assert [(entry.site, entry.steps) for entry in fitted.parameters] == [("pooled", (0,)), ("ca.1", (1, 2))]
+    assert fitted.method.config()["support"] == "all"
+    capsys.readouterr()
+    for words, message in (
+        (["fit", "linear_act", str(tmp_path / "x"), "suport=all", *both], "support"),
+        (["fit", "nothing", str(tmp_path / "x"), *both], "linear_act"),
+        (["fit", "aura", str(tmp_path / "x")], "--source"),
+        (["fit", "aura", str(tmp_path / "x"), *both, "--source-label", "green"], "green"),
+        ([*asked, "--pool", "median"], "median"),
+        ([*asked, "--steps", "one"], "steps"),
+        ([*asked, "--positions", "1:x"], "positions"),
+    ):
+        assert cli.run_command(words) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("pysteer: ")
+        assert message in error
