@@ -112,6 +112,18 @@ def _show_result(folder: Path, best: dict[str, Any]) -> None:
 
 
 @app.command()
+def locate(
+    words: Words = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("results"),
+    run_name: Annotated[str | None, typer.Option("--name", help="Folder of this run.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace another run in the same folder.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List the keys with their defaults.")] = False,
+) -> None:
+    """Find the sites and steps that carry the difference between two prompts; short for `pysteer run locate`."""
+    run("locate", words, out=out, run_name=run_name, overwrite=overwrite, keys=keys)
+
+
+@app.command()
 def grid(
     folder: Annotated[Path | None, typer.Argument(help="Folder the setup files go to.")] = None,
     words: Words = None,

@@ -31,6 +31,14 @@ def default_generate(pipe: Any, sites: list[Site], settings: Mapping[str, Any]) 
     return lambda prompts, seeds: pipe(prompts, seeds=seeds, decode=False, **settings)
 
 
+def whole_run(pipe: Any) -> Callable[[list[str], list[int]], Any]:
+    """`f(prompts, seeds)` that returns pictures, or for a language model the logits of the last token."""
+    if hasattr(pipe, "read"):
+        chosen = _without_waste(pipe.model)
+        return lambda prompts, seeds: pipe.read(prompts, **chosen)
+    return lambda prompts, seeds: pipe(prompts, seeds=seeds)
+
+
 def _without_waste(model: Any) -> dict[str, Any]:
     """Arguments under which a language model makes neither the logits of all tokens nor a cache."""
     known = inspect.signature(type(model).forward).parameters

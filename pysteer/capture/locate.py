@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysteer.capture.generation import whole_run
 from pysteer.capture.groups import align_tokens
 from pysteer.capture.taps import PartRows, choose_sites, tapped
 from pysteer.errors import InputError, PysteerError
@@ -77,7 +78,8 @@ def locate(
         score: of what `generate` returns, a number per prompt `[rows]`, for example 1 where the target class shows.
         seeds: noise seed of every pair.
         batch_size: most prompts in a batch; at least 2 N.
-        generate: `f(prompts, seeds)`; by default `pipe(prompts, seeds=seeds)`.
+        generate: `f(prompts, seeds)`; by default `pipe(prompts, seeds=seeds)`, or for a language model one reading of
+            the prompts, with the logits of the last token.
         progress: told how many places are done, after every batch.
 
     Raises:
@@ -92,7 +94,7 @@ def locate(
         raise InputError("numbers of source prompts, target prompts and seeds", value=given, allowed="equal, above 0")
     if batch_size < 2 * count:
         raise InputError("batch_size", value=batch_size, allowed=f"at least {2 * count}, twice the prompts")
-    run = generate or (lambda prompts, seeds: pipe(prompts, seeds=seeds))
+    run = generate or whole_run(pipe)
     work = _Patching(pipe, list(source_prompts), list(target_prompts), list(seeds), run, score)
     first = work.score([], [])
     share, rows = batch_size // count - 1, []
@@ -113,6 +115,9 @@ class _Patching:
         self, pipe: Any, source: list[str], target: list[str], seeds: list[int], run: Callable[..., Any], score: Score
     ) -> None:
         self.pipe, self.source, self.target, self.seeds, self.run, self.rate = pipe, source, target, seeds, run, score
+        family = find_family(pipe)
+        parts = {site.part for site in family.sites(pipe).values()}
+        self.single = {part for part in parts if family.steps(pipe, part) == 1}
         self.pairs: list[tuple[list[int], list[int]]] | None = None
         if hasattr(pipe, "token_ids"):
             ids = pipe.token_ids([*source, *target])
@@ -130,7 +135,7 @@ class _Patching:
         members = {name: [i for i in range(groups) if name in {s.name for s in sites[i]}] for name in every}
 
         def see(site: Site, step: int, x: Tensor, rows: PartRows) -> Tensor:
-            once = site.part == "text" or site.layout == "rows"
+            once = site.layout == "rows" or site.part in self.single
             chosen = [i for i in members[site.name] if once or step in (places[i].steps or (step,))]
             return self._patched(site, x, rows, chosen, groups) if chosen else x
 
@@ -149,7 +154,8 @@ class _Patching:
                 into = slice(offset + i * count, offset + (i + 1) * count)
                 if site.part == "text" and site.layout == "tokens" and self.pairs is not None:
                     for row, (here, there) in enumerate(self.pairs):
-                        y[into.start + row, here] = x[takes.start + row, there]
+                        a, b = into.start + row, takes.start + row
+                        y[a, _shifted(here, rows, a)] = x[b, _shifted(there, rows, b)]
                 else:
                     y[into] = x[takes]
         return y
@@ -160,3 +166,9 @@ class _Patching:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise PysteerError(f"the score gave {got}; it has to be a tensor [{rows}], one number per prompt")
         return scores.float().cpu()
+
+
+def _shifted(places: list[int], rows: PartRows, row: int) -> list[int]:
+    """Places among the tokens of a row as places in the batch, where a row may begin with padding."""
+    first = 0 if rows.spans is None else int(rows.spans[row, 0])
+    return [first + place for place in places]

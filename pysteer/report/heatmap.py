@@ -19,7 +19,7 @@ def heatmap(
     """PNG of rates in [0, 1], one line per row; the numbers in the cells are per cent.
 
     Args:
-        values: `[rows][columns]`.
+        values: `[rows][columns]`; NaN leaves a cell empty.
         rows, columns: names.
         x: what the columns are.
         title: over the map.
@@ -35,6 +35,8 @@ def heatmap(
     axis.imshow(values, cmap=shades, vmin=0.0, vmax=1.0, aspect="auto")
     for i, line in enumerate(values):
         for j, value in enumerate(line):
+            if value != value:  # there is no such place
+                continue
             ink = colours.surface if value > 0.5 else colours.ink
             axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
     axis.set_xticks(range(len(columns)), columns)

@@ -3,10 +3,15 @@
 import pytest
 import torch
 from tiny_infinity import DEPTH, tiny_pipeline
+from tiny_language import build
 
+from pysteer.capture.generation import whole_run
 from pysteer.capture.locate import Place, locate
+from pysteer.capture.recovery import recovery
 from pysteer.errors import InputError, PysteerError
+from pysteer.models.language import LanguageModel
 from pysteer.recipes import execute
+from pysteer.zoo.shapes.captions import build_text_tokenizer
 
 SOURCE = ["a red circle", "a small red star on a blue background", "a red cross"]
 TARGET = ["a green circle", "a small green star on a blue background", "a green cross"]
@@ -77,8 +82,58 @@ def test_the_recipe_finds_where_colours_live(tmp_path) -> None:
     words = ["pairs=red->blue", "prompts=8", "sites=ca", "once=text.output", "batch_size=96"]
     folder, summary = execute("locate", words, out=tmp_path)
     assert summary.headline["red-to-blue"]["proposed"]["site"] == "ca"
-    rows = {(row["site"], row["layers"], row["scales"]): row["value"] for row in summary.tables["places"]}
+    rows = {(row["site"], row["layers"], row["steps"]): row["value"] for row in summary.tables["places"]}
     assert rows["text.output", "-", "-"] >= 0.9
     assert rows["ca", "all", "all"] >= 0.9
     assert (folder / "report.html").stat().st_size > 10_000
-    assert (folder / "figures/red-to-blue-scale.png").is_file()
+    assert (folder / "figures/red-to-blue-step.png").is_file()
+
+
+def language_model():
+    return LanguageModel(build("llama"), build_text_tokenizer())
+
+
+@pytest.mark.parametrize("other", ["red", "small red"], ids=["equal lengths", "padded"])
+def test_patching_a_language_model(other: str) -> None:
+    lm = language_model()
+    source = [f"a {word} circle on a white background" for word in (other, "green")]
+    target = [f"a {word} circle on a white background" for word in ("blue", "pink")]
+    score = recovery(whole_run(lm), source, target, [0, 0])
+    places = [Place(("embed",)), Place(("block",)), Place(("mlp.1",)), Place(("norm",))]
+    found = locate(lm, source, target, places, score=score, seeds=[0, 0])
+    torch.testing.assert_close(found.source, torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.target, torch.ones(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.scores[3], torch.ones(2), atol=1e-4, rtol=0)  # behind the norm is only the head
+    if other == "red":
+        torch.testing.assert_close(found.scores[0], torch.ones(2), atol=1e-4, rtol=0)
+    assert bool((found.scores[2].abs() > 1e-6).all())
+    assert bool((found.scores[2] < 0.99).all())
+
+
+def test_recovery_needs_pairs_that_differ(pipe) -> None:
+    lm = language_model()
+    with pytest.raises(InputError, match="different results"):
+        recovery(whole_run(lm), ["a circle"], ["a circle"], [0])
+    with pytest.raises(InputError, match="images or logits"):
+        recovery(lambda prompts, seeds: torch.zeros(1), ["a"], ["b"], [0])
+    score = recovery(whole_run(pipe), SOURCE, TARGET, SEEDS)
+    torch.testing.assert_close(score(pipe(SOURCE, seeds=SEEDS)), torch.zeros(len(SOURCE)))
+    torch.testing.assert_close(score(pipe(TARGET, seeds=SEEDS)), torch.ones(len(SOURCE)))
+
+
+def test_the_recipe_on_a_language_model(tmp_path) -> None:
+    lm = language_model()
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "red.txt").write_text("a red circle\na small red square\n")
+    (tmp_path / "blue.txt").write_text("a blue circle\na small blue square\n")
+    files = [f"source={tmp_path / 'red.txt'}", f"target={tmp_path / 'blue.txt'}"]
+    folder, summary = execute("locate", [f"model={tmp_path / 'model'}", *files], out=tmp_path)
+    rows = {(row["site"], row["layers"], row["steps"]): row["value"] for row in summary.tables["places"]}
+    assert rows["block", "2", "all"] == pytest.approx(1, abs=1e-3)
+    assert set(summary.headline["source-to-target"]["proposed"]) >= {"site", "steps", "target_rate", "layer"}
+    assert (folder / "figures/source-to-target-layer.png").is_file()
+    with pytest.raises(InputError, match="line by line"):
+        execute("locate", [f"model={tmp_path / 'model'}"], out=tmp_path / "other")
+    with pytest.raises(InputError, match="both files"):
+        execute("locate", [f"model={tmp_path / 'model'}", files[0]], out=tmp_path / "other")
