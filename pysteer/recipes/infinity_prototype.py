@@ -7,14 +7,10 @@ classifier over all of them, and a report.
 
 from __future__ import annotations
 
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import pysteer
 from pysteer.errors import InputError
 from pysteer.files import write_bytes
 from pysteer.recipes.config import config_hash
@@ -25,7 +21,7 @@ from pysteer.recipes.prototype.data import PairData, draw_pair, parse_pair, read
 from pysteer.recipes.prototype.experiment import PairExperiment, PairImages
 from pysteer.recipes.prototype.generator import Generator, load_generator
 from pysteer.recipes.prototype.judge import find_judge
-from pysteer.recipes.prototype.page import Checked, sentence, write_report
+from pysteer.recipes.prototype.page import Checked, sentence, versions, write_report
 from pysteer.recipes.prototype.painter import Painter
 from pysteer.recipes.prototype.results import PairResults, measure
 from pysteer.recipes.prototype.settings import check
@@ -67,7 +63,7 @@ def run_with(config: PrototypeConfig, run: Run, generator: Generator) -> Summary
     for result in results:
         run.log.info("%s", sentence(result))
     run.write_parquet("metrics.parquet", [row for result in results for row in result.rows])
-    checked = Checked(seconds, painter.painted, str(generator.identity.get("model", "")), _versions())
+    checked = Checked(seconds, painter.painted, str(generator.identity.get("model", "")), versions())
     run.log.info("drawing the report")
     write_report(run, config, results, made, checked)
     _write_grids(run, config, made)
@@ -115,11 +111,6 @@ def _write_grids(run: Run, config: PrototypeConfig, made: list[PairImages]) -> N
             write_bytes(run.path(f"figures/{target}"), sheet)
             if config.experiment_dir:
                 write_bytes(experiment_file(config.experiment_dir, "results", str(name.parent / target)), sheet)
-
-
-def _versions() -> str:
-    threads = torch.get_num_threads()
-    return f"pysteer {pysteer.__version__}, torch {torch.__version__}, {platform.machine()}, {threads} threads"
 
 
 def _summary(results: list[PairResults], painter: Painter, seconds: float) -> Summary:

@@ -121,7 +121,9 @@ def _generator(pipe: Any, settings: dict[str, Any], identity: dict[str, Any]) ->
 def weights_mark(pipe: Any) -> str:
     """A hash over the first values of every weight: another training under the same name is another generator."""
     digest = hashlib.sha256()
-    for part in (pipe.transformer, pipe.tokenizer, pipe.text_encoder):
+    inner = getattr(pipe, "pipe", pipe)
+    parts = getattr(inner, "components", vars(inner))
+    for part in (part for part in parts.values() if isinstance(part, torch.nn.Module)):
         for name, value in part.state_dict().items():
             digest.update(name.encode())
             digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())

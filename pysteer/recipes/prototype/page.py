@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
+import pysteer
 from pysteer.files import write_bytes
 from pysteer.metrics import Rate
 from pysteer.recipes.config import config_values
@@ -48,6 +51,12 @@ class Checked:
     images: int
     generator: str
     versions: str
+
+
+def versions() -> str:
+    """Versions, machine and threads, for the report."""
+    threads = torch.get_num_threads()
+    return f"pysteer {pysteer.__version__}, torch {torch.__version__}, {platform.machine()}, {threads} threads"
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -48,13 +48,13 @@ class Painter:
         seeds: Sequence[int],
         advance: Callable[[float], None],
         *,
-        plan: Plan | None = None,
-        strength: Mapping[str, float] | float = 1.0,
+        plan: Plan | Sequence[Plan] | None = None,
+        strength: Mapping[str, float] | float | Tensor = 1.0,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """Images uint8 [N, H, W, 3] of `prompts` with noise `seeds`, steered by `plan` when there is one.
+        """Images uint8 [N, H, W, 3] of `prompts` with noise `seeds`, steered by `plan` (or one per prompt).
 
-        `gate` [N] of zeros and ones leaves out the prompts with a zero.
+        `strength` can be [N], `gate` [N] of zeros and ones leaves out the prompts with a zero.
         """
         images = []
         for start in range(0, len(prompts), self.batch_size):
@@ -62,7 +62,9 @@ class Painter:
             if plan is None:
                 out = self.pipe(list(prompts[part]), seeds=list(seeds[part]), **self.settings)
             else:
-                with steer(self.pipe, plan, strength=strength) as handle:
+                own = plan if isinstance(plan, Plan) else list(plan[part])
+                level = strength[part] if isinstance(strength, Tensor) else strength
+                with steer(self.pipe, own, strength=level) as handle:
                     handle.gate = None if gate is None else gate[part]
                     out = self.pipe(list(prompts[part]), seeds=list(seeds[part]), **self.settings)
             images.append(out.images.cpu())

@@ -1,0 +1,270 @@
+"""One pair of classes: fit every method, search its strength, and measure it on fresh prompts beside its controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysteer.capture import Fitted, fit
+from pysteer.errors import InputError
+from pysteer.recipes.comparison.config import MethodsConfig
+from pysteer.recipes.comparison.contenders import Contender
+from pysteer.recipes.config import config_hash
+from pysteer.recipes.frame import Run
+from pysteer.recipes.prototype.data import PairData, Prompts
+from pysteer.recipes.prototype.experiment import ImageSet, PairImages
+from pysteer.recipes.prototype.judge import Judge
+from pysteer.recipes.prototype.painter import Painter, load_sheets, save_sheets
+from pysteer.recipes.prototype.results import Measured, PairResults, measure
+from pysteer.recipes.prototype.settings import Group, Setting
+from pysteer.steering import Plan
+
+Advance = Callable[[float], None]
+UNSTEERED = Setting("baseline", "unsteered", "reference")
+SWAP = Setting("swap", "prompt swap (ceiling)", "reference", swapped=True)
+
+
+def kept(measured: Measured) -> float:
+    """The rate of the attribute that suffered most, as a share of its unsteered rate; 1 where none can be judged."""
+    values = [rate.value for rate in measured.relative.values() if not math.isnan(rate.value)]
+    return min(values, default=1.0)
+
+
+def choose(doses: Sequence[Measured], least: float) -> Measured:
+    """The strength of a method, by the rule of the comparison.
+
+    Of the strengths that keep at least `least` of the unsteered rate of every other attribute the one with the highest
+    target rate, of equal ones the one with the lowest feature distance. Where none keeps that much, the one that keeps
+    most.
+    """
+    good = [m for m in doses if kept(m) >= least]
+    if not good:
+        return max(doses, key=lambda m: (kept(m), m.target.value))
+    return min(good, key=lambda m: (-m.target.value, math.inf if math.isnan(m.distance) else m.distance))
+
+
+@dataclass
+class Outcome:
+    """What became of a method.
+
+    Attributes:
+        contender: the method.
+        doses: measured on the search prompts, a row a strength.
+        chosen: the one of `doses` that was chosen.
+        fitted: its parameters.
+        images: `main`, `random` and `shuffled` -> images of the fresh prompts.
+    """
+
+    contender: Contender
+    doses: list[Measured]
+    chosen: Measured
+    fitted: Fitted
+    images: dict[str, ImageSet] = field(default_factory=dict)
+
+
+@dataclass
+class PairOutcome:
+    """Everything about a pair: measured on the search prompts and on the fresh ones."""
+
+    data: PairData
+    outcomes: list[Outcome]
+    search: PairResults
+    results: PairResults
+    images: dict[str, ImageSet]
+
+
+class PairTrial:
+    """Runs the comparison for one pair; every part is a stage of the run, so a second start continues.
+
+    Args:
+        run: the run.
+        painter: makes the images.
+        judge: looks at them.
+        data: the prompts; the first `search` of its test prompts choose the strength, the rest are fresh.
+        contenders: the methods.
+        search: how many prompts choose the strength.
+        identity: plain values that identify the generator.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        painter: Painter,
+        judge: Judge,
+        data: PairData,
+        contenders: Sequence[Contender],
+        search: int,
+        identity: Any,
+    ) -> None:
+        self.run, self.painter, self.judge, self.contenders = run, painter, judge, list(contenders)
+        self.config: MethodsConfig = run.config
+        self.slug = data.pair.slug
+        test = data.test
+        self.search = replace(data, test=test.first(search))
+        self.fresh = replace(data, test=Prompts(test.source[search:], test.target[search:], test.seeds[search:]))
+        self.inputs = [identity, config_hash(data)]
+
+    @property
+    def planned(self) -> int:
+        """How many images will be generated, fits included."""
+        searched, fresh = len(self.search.test), len(self.fresh.test)
+        fits = sum(self._fit_cost(each) for each in self.contenders)
+        doses = sum(len(each.strengths) for each in self.contenders) * searched
+        controls = min(self.config.controls, len(self.contenders))
+        most = max((self._fit_cost(each) for each in self.contenders), default=0)
+        return fits + doses + len(self.contenders) * fresh + controls * (2 * fresh + most) + 2 * (searched + fresh)
+
+    def _fit_cost(self, contender: Contender) -> int:
+        text = all(site.startswith("text") for site in contender.place.sites)
+        return 0 if text else 2 * self.config.fit_pairs
+
+    def generate(self, advance: Advance) -> PairOutcome:
+        """Fit, search and measure everything; `advance(n)` is told about n finished images."""
+        before = self._references("search/", self.search, advance)
+        searched = dict(before)
+        fits, names = {}, {}
+        for each in self.contenders:
+            fits[each.key] = self._fit(each, None, advance)
+            doses = self._doses(each, fits[each.key], advance)
+            names[each.key] = list(doses)
+            searched |= doses
+        search = measure(PairImages(self.search, headline=searched), self.judge, self.config.drawn)
+        outcomes = []
+        for each in self.contenders:
+            measured = [search.headline[name] for name in names[each.key]]
+            outcomes.append(Outcome(each, measured, choose(measured, self.config.keep), fits[each.key]))
+        images = self._references("", self.fresh, advance)
+        best = ranked(outcomes, self.config.keep)[: self.config.controls]
+        for outcome in outcomes:
+            outcome.images = self._measured(outcome, outcome in best, advance)
+            images |= {s.setting.key: s for s in outcome.images.values()}
+        results = measure(PairImages(self.fresh, headline=images), self.judge, self.config.drawn)
+        for row in search.rows:
+            row["part"] = "search"
+        for row in results.rows:
+            row["part"] = "fresh"
+        return PairOutcome(self.fresh, outcomes, search, results, images)
+
+    def _fit(self, contender: Contender, control: str | None, advance: Advance) -> Fitted:
+        name = contender.key if control is None else f"{contender.key}-{control}"
+        folder = self.run.path(f"fitted/{self.slug}/{name}")
+        prompts, place, count = self.search.fit, contender.place, self._fit_cost(contender)
+        with self.run.stage(f"{self.slug}-fit-{name}", [*self.inputs, place], quiet=True) as stage:
+            if not stage.done:
+                fitted = fit(
+                    self.painter.pipe,
+                    contender.method,
+                    prompts.source,
+                    prompts.target,
+                    sites=place.sites,
+                    steps=place.steps,
+                    sequential=place.sequential,
+                    seeds=prompts.seeds,
+                    control=control,
+                    batch_size=self.painter.batch_size,
+                    fit_seed=self.config.seed,
+                    settings=self.painter.settings,
+                )
+                fitted.save_pretrained(folder)
+                self.painter.painted += count
+        advance(count)
+        return Fitted.from_pretrained(folder)
+
+    def _references(self, folder: str, data: PairData, advance: Advance) -> dict[str, ImageSet]:
+        """Unsteered images and those of the target prompts, as rows of the same batches."""
+        prompts, count = data.test, len(data.test)
+        both = Prompts([*prompts.source, *prompts.target], prompts.source * 2, prompts.seeds * 2)
+        images = self._stage(f"{folder}references", both, [None] * (2 * count), None, [], advance)
+        return {
+            setting.key: ImageSet(setting, prompts, part)
+            for setting, part in zip((UNSTEERED, SWAP), images.split(count), strict=True)
+        }
+
+    def _doses(self, contender: Contender, fitted: Fitted, advance: Advance) -> dict[str, ImageSet]:
+        """Search prompts at every strength: (strength, prompt) pairs are the rows of full batches."""
+        prompts, levels = self.search.test, contender.strengths
+        count, plan = len(prompts), fitted.plan()
+        strength = torch.tensor(levels).repeat_interleave(count)
+        images = self._stage(
+            f"search/{contender.key}", _repeated(prompts, len(levels)), [plan] * len(strength), strength,
+            [contender.place, list(levels)], advance,
+        )  # fmt: skip
+        found = {}
+        for level, part in zip(levels, images.split(count), strict=True):
+            setting = self._setting(f"{contender.key}@{level:g}", contender.label, "steered", level)
+            found[setting.key] = ImageSet(setting, prompts, part)
+        return found
+
+    def _measured(self, outcome: Outcome, controlled: bool, advance: Advance) -> dict[str, ImageSet]:
+        """Fresh prompts at the chosen strength and, as further rows, its controls."""
+        contender, level = outcome.contender, outcome.chosen.strength
+        names: dict[str, tuple[str, str, Group, Plan]] = {
+            "main": (contender.key, contender.label, "steered", outcome.fitted.plan())
+        }
+        if controlled:
+            for control, label, fitted in self._controls(outcome, advance):
+                text = f"{label}: {contender.label}"
+                names[control] = (f"{contender.key}-{control}", text, "control", fitted.plan())
+        prompts = self.fresh.test
+        plans = [plan for *_, plan in names.values() for _ in range(len(prompts))]
+        images = self._stage(
+            contender.key, _repeated(prompts, len(names)), plans, torch.full((len(plans),), level),
+            [contender.place, level, list(names)], advance,
+        )  # fmt: skip
+        parts = zip(names.items(), images.split(len(prompts)), strict=True)
+        return {
+            name: ImageSet(self._setting(key, label, group, level), prompts, part)
+            for (name, (key, label, group, _)), part in parts
+        }
+
+    def _controls(self, outcome: Outcome, advance: Advance) -> list[tuple[str, str, Fitted]]:
+        """Those there are: a random direction needs shifts of fixed length, shuffled labels a fit without pairs."""
+        found = []
+        with suppress(InputError):
+            found.append(("random", "random direction", outcome.fitted.random_direction(self.config.seed)))
+        with suppress(InputError):
+            found.append(("shuffled", "shuffled labels", self._fit(outcome.contender, "shuffled", advance)))
+        return found
+
+    @staticmethod
+    def _setting(key: str, label: str, group: Group, level: float) -> Setting:
+        return Setting(key, label, group, level=level)
+
+    def _stage(
+        self,
+        name: str,
+        prompts: Prompts,
+        plans: Sequence[Plan | None],
+        strength: Tensor | None,
+        inputs: Any,
+        advance: Advance,
+    ) -> Tensor:
+        """Images of rows, from the run folder when the stage was finished before."""
+        path = self.run.path(f"images/{self.slug}/{name}.png")
+        key = f"{self.slug}-images-{name.replace('/', '-')}"
+        with self.run.stage(key, [*self.inputs, config_hash(prompts.source), inputs], quiet=True) as stage:
+            if stage.done:
+                advance(len(prompts))
+                return load_sheets(path, len(prompts), *stage.notes["side"])
+            own = None if strength is None else [plan or Plan() for plan in plans]
+            images = self.painter.paint(
+                prompts.source, prompts.seeds, advance, plan=own, strength=1.0 if strength is None else strength
+            )
+            save_sheets(images, path)
+            stage.notes["side"] = list(images.shape[1:3])
+        return images
+
+
+def _repeated(prompts: Prompts, times: int) -> Prompts:
+    return Prompts(prompts.source * times, prompts.target * times, prompts.seeds * times)
+
+
+def ranked(outcomes: Sequence[Outcome], least: float) -> list[Outcome]:
+    """Best first, as the search prompts saw them: those that keep enough, then by target rate."""
+    return sorted(outcomes, key=lambda o: (kept(o.chosen) < least, -o.chosen.target.value))
