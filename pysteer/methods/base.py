@@ -29,11 +29,14 @@ class Method(ABC):
 
     Attributes:
         name: the name in the registry and in saved folders.
-        pooled: True when each row enters the fit as the mean over its tokens.
     """
 
     name: ClassVar[str]
-    pooled: bool
+
+    @property
+    def pooled(self) -> bool:
+        """Whether each row enters the fit as the mean over its tokens; most methods have a field of this name."""
+        return False
 
     @property
     @abstractmethod
