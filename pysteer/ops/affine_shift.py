@@ -13,27 +13,16 @@ from torch import Tensor
 from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, dispatch, plain_torch_needed
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed, refuse_out
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
-from pysteer.ops.lookup import active_tokens, along, laid_out_like, look_up
+from pysteer.ops.lookup import active_tokens, along, laid_out_like, look_up, means_of_rows
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
 _SCHEMA = (
     "(Tensor x, Tensor gain, Tensor bias, Tensor slot, Tensor strength, Tensor clock, Tensor? span,"
     " Tensor? low, Tensor? high, bool of_mean, int channel_dim) -> Tensor"
 )
-
-
-def _shifted_by(xf: Tensor, active: Tensor, span: Tensor | None, of_mean: bool, channel_dim: int) -> Tensor:
-    """Return what the gain multiplies and the bounds look at: the values, or the means over the tokens of a row."""
-    dims = [dim for dim in range(1, xf.dim()) if dim != channel_dim % xf.dim()]
-    if not of_mean or not dims:
-        return xf
-    if span is None:
-        return xf.mean(dims, keepdim=True)
-    count = active.sum(dims, keepdim=True).clamp_min(1)
-    return torch.where(active, xf, 0).sum(dims, keepdim=True) / count
 
 
 def _within(base: Tensor, which: Tensor, low: Tensor, high: Tensor, channel_dim: int) -> Tensor:
@@ -54,6 +43,7 @@ def affine_shift_reference(
     low: Tensor | None = None,
     high: Tensor | None = None,
     of_mean: bool = False,
+    bounds_of_mean: bool = False,
     channel_dim: int = -1,
 ) -> Tensor:
     """Return what `affine_shift` computes, in plain torch; fp64 `x` is computed in fp64."""
@@ -61,10 +51,12 @@ def affine_shift_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     g, b = (along(bank.index_select(0, which).to(wide), x, channel_dim) for bank in (gain, bias))
     xf, active = x.to(wide), active_tokens(x, which, s, span, channel_dim)
-    base = _shifted_by(xf, active, span, of_mean, channel_dim)
-    y = xf + along(s.to(wide), x, channel_dim) * ((g - 1) * base + b)
+    bounded = xf  # what the bounds look at
+    if of_mean or bounds_of_mean:
+        bounded = means_of_rows(xf, active, span, channel_dim)
+    y = xf + along(s.to(wide), x, channel_dim) * ((g - 1) * (bounded if of_mean else xf) + b)
     if low is not None and high is not None:
-        active = active & _within(base, which, low, high, channel_dim)
+        active = active & _within(bounded, which, low, high, channel_dim)
     return laid_out_like(torch.where(active, y.to(x.dtype), x), x)
 
 
@@ -136,7 +128,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         which, s = look_up(slot, strength, clock, x.shape[0])
         xf = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         active = active_tokens(x, which, s, span, ctx.channel_dim)
-        base = _shifted_by(xf, active, span, ctx.of_mean, ctx.channel_dim)
+        base = means_of_rows(xf, active, span, ctx.channel_dim) if ctx.of_mean else xf
         result = torch.where(_within(base, which, low, high, ctx.channel_dim), result, gradient)
     return (result, *[None] * 10)
 
@@ -167,6 +159,7 @@ def affine_shift(
     low: Tensor | None = None,
     high: Tensor | None = None,
     of_mean: bool = False,
+    bounds_of_mean: bool = False,
     channel_dim: int = -1,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -178,7 +171,8 @@ def affine_shift(
 
     With bounds only values low < x < high are shifted, all others come back bit for bit. With `of_mean` the shift is
     that of the mean m over the tokens of each row and channel, y = x + s ((g - 1) m + b), where low < m < high: the
-    form of Linear-AcT on maps. A span then says which tokens make the mean and are shifted.
+    form of Linear-AcT on maps. A span then says which tokens make the mean and are shifted. With `bounds_of_mean` every
+    value is shifted by its own shift where low < m < high: the form of Gaussian transport on maps, in plain torch.
 
     Args:
         x: [R, D], [R, *tokens, D], or [R, D, *tokens] with `channel_dim` 1; fp32, bf16 or fp16 (fp64 in plain torch).
@@ -189,6 +183,7 @@ def affine_shift(
         span: [Rcap, 2] int32, the tokens [start, end) that are touched; None for all.
         low, high: [P, D] fp32, may be infinite; None for no bounds.
         of_mean: shift by what the mean would be shifted by.
+        bounds_of_mean: the bounds look at the mean alone.
         channel_dim: where the channels are, -1 or 1.
         out: where to write, like `x`, or `x` itself to work in place.
 
@@ -203,6 +198,12 @@ def affine_shift(
     _check_bounds(x, gain, bias, low, high, width)
     check_table(x, slot, strength, clock, span)
     arguments = (gain, bias, slot, strength, clock, span, low, high, of_mean, channel_dim)
+    if bounds_of_mean and not of_mean:
+        if out is not None and x.requires_grad and torch.is_grad_enabled():
+            refuse_out(x)
+        table = (gain, bias, slot, strength, clock, span)
+        y = affine_shift_reference(x, *table, low=low, high=high, bounds_of_mean=True, channel_dim=channel_dim)
+        return y if out is None else out.copy_(y)
     # In a compiled graph plain torch fuses into its neighbours, an opaque op would cost a pass over memory.
     if torch.compiler.is_compiling() or plain_torch_needed(gain, bias, strength):
         y = _in_plain_torch(x, *arguments)
@@ -233,20 +234,23 @@ def _unsure(
     low: Tensor | None = None,
     high: Tensor | None = None,
     of_mean: bool = False,
+    bounds_of_mean: bool = False,
     channel_dim: int = -1,
     **inputs: Any,
 ) -> Tensor:
-    if low is None or high is None or not of_mean:
+    if low is None or high is None or not (of_mean or bounds_of_mean):
         return torch.zeros((), dtype=torch.bool, device=x.device)
     which, s = look_up(inputs["slot"], inputs["strength"], inputs["clock"], x.shape[0])
     active = active_tokens(x, which, s, inputs["span"], channel_dim)
-    base = _shifted_by(x.double(), active, inputs["span"], True, channel_dim)
+    base = means_of_rows(x.double(), active, inputs["span"], channel_dim)
     tight = (low + 1e-6 * (1 + low.abs()), high - 1e-6 * (1 + high.abs()))
     loose = (low - 1e-6 * (1 + low.abs()), high + 1e-6 * (1 + high.abs()))
     return _within(base, which, *tight, channel_dim) != _within(base, which, *loose, channel_dim)
 
 
-def _implementation(x: Tensor, out: Tensor | None = None, channel_dim: int = -1, **_: Any) -> str:
+def _implementation(x: Tensor, out: Tensor | None = None, channel_dim: int = -1, **inputs: Any) -> str:
+    if inputs.get("bounds_of_mean"):
+        return "reference"
     return choose("affine_shift", x, torch.empty_like(x) if out is None else out, channel_dim).backend
 
 
@@ -263,6 +267,7 @@ SPEC = SteeringSpec(
         "bounded": {"bounded": True},
         "mean": {"of_mean": True},
         "bounded-mean": {"of_mean": True, "bounded": True},
+        "mean-bounds": {"bounds_of_mean": True, "bounded": True},
     },
     unsure=_unsure,
     defaults={"low": None, "high": None, "of_mean": False},

@@ -33,6 +33,22 @@ def active_tokens(x: Tensor, which: Tensor, strength: Tensor, span: Tensor | Non
     return active & (position >= start) & (position < end)
 
 
+def means_of_rows(x: Tensor, active: Tensor, span: Tensor | None, channel_dim: int) -> Tensor:
+    """Return the means over the tokens of every row, or over those that are active, shaped to broadcast against `x`.
+
+    Args:
+        x: the activation, in the precision of the sum; [R, D] is its own mean.
+        active: what `active_tokens` gives.
+    """
+    dims = [dim for dim in range(1, x.dim()) if dim != channel_dim % x.dim()]
+    if not dims:
+        return x
+    if span is None:
+        return x.mean(dims, keepdim=True)
+    count = active.sum(dims, keepdim=True).clamp_min(1)
+    return torch.where(active, x, 0).sum(dims, keepdim=True) / count
+
+
 def laid_out_like(y: Tensor, x: Tensor) -> Tensor:
     """Return `y` with the strides of `torch.empty_like(x)`: a steered activation lies in memory as the plain one."""
     result = torch.empty_like(x)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, dispatch, plain_torch_needed
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed, refuse_out
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for
 from pysteer.ops.layouts import DTYPE_CODES
-from pysteer.ops.lookup import active_tokens, full_precision, laid_out_like, look_up
+from pysteer.ops.lookup import active_tokens, full_precision, laid_out_like, look_up, means_of_rows
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
 _SCHEMA = (
@@ -33,6 +33,7 @@ def low_rank_shift_reference(
     clock: Tensor,
     span: Tensor | None = None,
     *,
+    of_mean: bool = False,
     channel_dim: int = -1,
 ) -> Tensor:
     """Return what `low_rank_shift` computes, in plain torch; fp64 `x` is computed in fp64."""
@@ -41,10 +42,14 @@ def low_rank_shift_reference(
     moved = x.movedim(channel_dim, -1).to(high)
     tokens = moved.unsqueeze(1).flatten(1, -2)
     v, u, b = (bank.index_select(0, which).to(high) for bank in (read, write, bias))
+    active = active_tokens(x, which, s, span, channel_dim)
+    base = tokens
+    if of_mean:
+        base = means_of_rows(tokens, active.movedim(channel_dim, -1).reshape(len(x), -1, 1), span, -1)
     with full_precision(x):
-        shift = torch.baddbmm(b.unsqueeze(1), tokens @ v.mT, u)
+        shift = torch.baddbmm(b.unsqueeze(1), base @ v.mT, u)
     y = (tokens + s.to(high).reshape(-1, 1, 1) * shift).reshape(moved.shape).movedim(-1, channel_dim)
-    return laid_out_like(torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x), x)
+    return laid_out_like(torch.where(active, y.to(x.dtype), x), x)
 
 
 def _choose(x: Tensor, out: Tensor, rank: int, channel_dim: int) -> Launch:
@@ -108,6 +113,7 @@ def low_rank_shift(
     clock: Tensor,
     span: Tensor | None = None,
     *,
+    of_mean: bool = False,
     channel_dim: int = -1,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -117,7 +123,8 @@ def low_rank_shift(
     is read = v, write = -v; replacing direction v by w is write = w - v. Row r uses parameter set `slot[clock, r]` with
     strength s = `strength[clock, r]`; rows with slot 0 or strength 0 and tokens outside their span come back bit for
     bit. Arithmetic is fp32 with one rounding to the dtype of `x`. Differentiable in everything; in `x` with the fast
-    kernels.
+    kernels. With `of_mean` all tokens of a row are shifted by what the mean of those in its span is shifted by, in
+    plain torch.
 
     Args:
         x: [R, D], [R, *tokens, D], or [R, D, *tokens] with `channel_dim` 1; fp32, bf16 or fp16 (fp64 in plain torch).
@@ -127,6 +134,7 @@ def low_rank_shift(
         strength: [S, Rcap] fp32, no unit.
         clock: [] int64, the step.
         span: [Rcap, 2] int32, the tokens [start, end) that are touched; None for all.
+        of_mean: shift by what the mean would be shifted by.
         channel_dim: where the channels are, -1 or 1.
         out: where to write, like `x`, or `x` itself to work in place.
 
@@ -142,8 +150,10 @@ def low_rank_shift(
     check_banks(x, read=(read, tail), write=(write, tail), bias=(bias, (width,)))
     check_table(x, slot, strength, clock, span)
     arguments = (read, write, bias, slot, strength, clock, span)
-    if _in_plain_torch(x, read.shape[1]) or plain_torch_needed(read, write, bias, strength):
-        y = low_rank_shift_reference(x, *arguments, channel_dim=channel_dim)
+    if of_mean and out is not None and x.requires_grad and torch.is_grad_enabled():
+        refuse_out(x)
+    if of_mean or _in_plain_torch(x, read.shape[1]) or plain_torch_needed(read, write, bias, strength):
+        y = low_rank_shift_reference(x, *arguments, of_mean=of_mean, channel_dim=channel_dim)
         return y if out is None else out.copy_(y)
     return dispatch(
         x,
@@ -175,7 +185,9 @@ def _make_inputs(case: Case) -> dict[str, Any]:
     return {"x": x, **banks, **tables(case, sets), "channel_dim": channel_dim, **case.options}
 
 
-def _implementation(x: Tensor, read: Tensor, out: Tensor | None = None, channel_dim: int = -1, **_: Any) -> str:
+def _implementation(x: Tensor, read: Tensor, out: Tensor | None = None, channel_dim: int = -1, **inputs: Any) -> str:
+    if inputs.get("of_mean"):
+        return "reference"
     return _choose(x, torch.empty_like(x) if out is None else out, read.shape[1], channel_dim).backend
 
 
@@ -187,6 +199,6 @@ SPEC = SteeringSpec(
     make_inputs=_make_inputs,
     implementation=_implementation,
     backends={"cpu": _ALL, "triton": _ALL},
-    variants={"plain": {}},
+    variants={"plain": {}, "mean": {"of_mean": True}},
     sizes=({"rank": 4}, {"rank": 1}, {"rank": 7}, {"rank": 32}),
 )
