@@ -46,6 +46,10 @@ class Family(ABC):
     def steps(self, obj: Any, part: str) -> int:
         """How many steps the clock of `part` counts: scales, diffusion steps or 1."""
 
+    def room(self, obj: Any, part: str) -> int:
+        """How many steps a plan may name; more than `steps` where every run has a number of its own."""
+        return self.steps(obj, part)
+
     @abstractmethod
     def clock(self, obj: Any, part: str) -> Tensor:
         """The clock of `part`: int64, 0-dim, on the device of the part, filled with the step before each step."""
@@ -63,6 +67,10 @@ class Family(ABC):
     def lasting(self, obj: Any, part: str) -> bool:
         """Whether what is fitted at step 0 of `part` serves all its steps."""
         return False
+
+    def once(self, obj: Any, site: Site) -> bool:
+        """Whether what counts at a site is its first step: texts, and vectors that are computed once per run."""
+        return site.part == "text" or site.layout == "rows"
 
 
 _FAMILIES: list[Family] = []

@@ -233,7 +233,7 @@ def _watch(root: nn.Module, hub: _Hub) -> Callable[..., None]:
         rows, tokens = given.shape[0], given.shape[1]
         further = cached and tokens == 1 and kwargs.get("past_key_values") is not None
         mask = kwargs.get("attention_mask") if len(args) < 2 else args[1]
-        spans = None if further else _spans(mask, rows, tokens, given.device)
+        spans = None if further else attended(mask, rows, tokens, given.device)
         hub.clock.fill_(int(further))
         for listener in hub.listeners:
             if torch.compiler.is_compiling():
@@ -244,7 +244,7 @@ def _watch(root: nn.Module, hub: _Hub) -> Callable[..., None]:
     return watch
 
 
-def _spans(mask: Any, rows: int, tokens: int, device: torch.device) -> Tensor:
+def attended(mask: Any, rows: int, tokens: int, device: torch.device) -> Tensor:
     """First token that counts of every row and the one behind the last, int32 `[R, 2]`, padding on either side."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens:
         edges = torch.zeros(rows, 2, dtype=torch.int32, device=device)

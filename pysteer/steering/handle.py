@@ -83,7 +83,7 @@ class Handle:
         self._attachments: list[Attachment] = []
         self._disconnect: Callable[[], None] | None = None
         self._parts: dict[str, Part] = {}
-        steps = {part: self._family.steps(obj, part) for part in {site.part for site in self._sites.values()}}
+        steps = self._rooms()
         self._plans = _listed(plan)
         self._stacks = stacked(self._plans)
         for entry in (entry for plan in self._plans for entry in plan.entries):
@@ -102,7 +102,8 @@ class Handle:
                     site.part, steps, clock, positions=self._positions, mixed=self._family.announced
                 )
             part = self._parts[site.part]
-            table = Table(stack, site, steps=part.steps, clock=part.clock, capacity=self._capacity)
+            room = max(part.steps, self._family.room(self._obj, site.part))
+            table = Table(stack, site, steps=room, clock=part.clock, capacity=self._capacity)
             table.try_out()
             part.tables.append(table)
             part.stacks.append(stack)
@@ -229,11 +230,14 @@ class Handle:
             self.ensure()
         state.cond, state.uncond, state.uncond_first = cond, uncond, uncond_first
         state.clock, state.steps = self._family.clock(self._obj, part), self._family.steps(self._obj, part)
+        for table in state.tables:
+            if table.device != state.clock.device:  # weights may be elsewhere until they are needed (offloading)
+                table.to(state.clock.device)
         now = (cond, uncond, uncond_first, state.steps, [table.device for table in state.tables])
         unchanged = state.written == now
+        self._check_fits(state, self._strength, running=True)
         if not unchanged:
             state.settle()
-            self._check_fits(state, self._strength)
             self._check_batches(state)
             state.reserve(cond + uncond)
             state.write_mask()
@@ -252,8 +256,7 @@ class Handle:
         Raises:
             InputError: an entry that was not there before, or one with other shapes; nothing is changed then.
         """
-        steps = {part.name: part.steps for part in self._parts.values()}
-        steps |= {site.part: self._family.steps(self._obj, site.part) for site in self._sites.values()}
+        steps = self._rooms()
         plans = _listed(plan)
         for entry in (entry for each in plans for entry in each.entries):
             entry.check(self._sites, steps)
@@ -300,11 +303,13 @@ class Handle:
 
     def _check_ran(self) -> None:
         report = self.report()
-        announced = any(part.written is not None for part in self._parts.values())
-        announced |= not self._family.announced and any(entry.calls for entry in report)
-        if not announced and any(entry.calls for entry in report):
+        ran = {entry.part for entry in report if entry.calls}
+        announced = {part.name for part in self._parts.values() if part.written is not None}
+        announced |= set() if self._family.announced else ran
+        if ran - announced:
             raise PysteerError(
-                f"the {self._family.name} model ran, but its rows were never announced: nothing was steered"
+                f"the {self._family.name} model ran, but the rows of part {', '.join(sorted(ran - announced))} were "
+                "never announced: nothing was steered there"
             )
         stacks = [stack for part in self._parts.values() for stack in part.stacks]
         idle = [r.site for r, stack in zip(report, stacks, strict=True) if stack.active and not r.calls]
@@ -323,6 +328,10 @@ class Handle:
                 self._write(part, part.cond, part.uncond)
             elif not self._family.announced:
                 self._fill(part)
+
+    def _rooms(self) -> dict[str, int]:
+        """How many steps of each part a plan may name."""
+        return {part: self._family.room(self._obj, part) for part in {site.part for site in self._sites.values()}}
 
     def _write(self, part: Part, cond: int, uncond: int = 0) -> None:
         factors: dict[torch.device, float | Tensor] = {}
@@ -375,16 +384,17 @@ class Handle:
         if value.device.type == "cpu" and not bool(torch.isfinite(value).all()):
             raise InputError(what, value="NaN or infinity", allowed="finite values")
 
-    def _check_fits(self, part: Part, strength: Strength) -> None:
+    def _check_fits(self, part: Part, strength: Strength, running: bool = False) -> None:
         value = self._of_part(part.name, strength)
         if not isinstance(value, Tensor):
             return
         self._check_batch("strength", part, value)
-        if value.dim() == 2 and len(value) != part.steps:
+        room = self._family.room(self._obj, part.name)
+        if value.dim() == 2 and len(value) != part.steps and (running or room == part.steps or len(value) > room):
             raise InputError(
                 f"steps of strength for part {part.name}",
                 value=len(value),
-                allowed=str(part.steps),
+                allowed=str(part.steps) if running or room == part.steps else f"at most {room}",
                 fix=f'give parts their own: {{"{part.name}": tensor}}',
             )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pysteer.errors import InputError
 
 LAYOUTS = ("tokens", "rows", "channels")
+_SHOWN = 30  # names in an error message
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,5 @@ def brief(names: Iterable[str]) -> str:
         found.sort()
         whole = bool(found) and found == list(range(found[0], found[-1] + 1)) and len(found) > 1
         pieces += [f"{stem}{found[0]}..{found[-1]}"] if whole else [f"{stem}{n}" for n in found] or [stem]
-    return ", ".join(pieces)
+    shown = pieces[:_SHOWN] + ([f"and {len(pieces) - _SHOWN} more"] if len(pieces) > _SHOWN else [])
+    return ", ".join(shown)
