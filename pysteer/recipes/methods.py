@@ -6,9 +6,9 @@ own by one rule, and the images of fresh prompts are judged beside the prompt sw
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
+from pysteer import files
 from pysteer.errors import InputError
 from pysteer.models.load import load_model
 from pysteer.recipes.comparison.config import MethodsConfig
@@ -43,16 +43,21 @@ def run_methods(config: MethodsConfig, run: Run) -> Summary:
         trials.append(PairTrial(run, painter, judge, data, contenders, config.search_prompts, identity))
     planned = sum(trial.planned for trial in trials)
     run.log.info("about %d images for %s", planned, ", ".join(pair.name for pair in pairs))
-    start = time.monotonic()
     with run.progress.task("images", planned) as advance:
         made = [trial.generate(advance) for trial in trials]
-    seconds = time.monotonic() - start
+    images, seconds = _spent(run)
     for each in made:
         run.log.info("%s", sentence(each, config))
     run.write_parquet("metrics.parquet", [row for each in made for row in [*each.search.rows, *each.results.rows]])
     run.log.info("drawing the report")
-    write_report(run, config, made, Checked(seconds, painter.painted, config.generator, versions()))
-    return _summary(made, config, painter.painted, seconds)
+    write_report(run, config, made, Checked(seconds, images, config.generator, versions()))
+    return _summary(made, config, images, seconds)
+
+
+def _spent(run: Run) -> tuple[int, float]:
+    """Images and seconds of all stages, those of an interrupted start included."""
+    markers = [files.read_json(path, "stage marker") for path in (run.folder / "stages").glob("*.json")]
+    return sum(m["notes"]["images"] for m in markers), sum(m["seconds"] for m in markers)
 
 
 def _summary(made: list[PairOutcome], config: MethodsConfig, images: int, seconds: float) -> Summary:

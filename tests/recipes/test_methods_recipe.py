@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_and_continues(tmp_path, tiny, monkeypatch):
     fresh = {row["setting"] for row in rows if row["part"] == "fresh"}
     controls = {name for name in fresh if name.endswith(("-random", "-shuffled"))}
     assert fresh - controls == {"baseline", "swap", *keys}
-    assert any(name.endswith("-shuffled") for name in controls)
+    assert {name.rpartition("-")[2] for name in controls} == {"random", "shuffled"}
     prompts = {
         part: {(row["prompt"], row["seed"]) for row in rows if row["part"] == part} for part in ("search", "fresh")
     }
@@ -92,6 +92,7 @@ def test_a_run_leaves_everything_and_continues(tmp_path, tiny, monkeypatch):
     assert not called
     assert pq.read_table(again / "metrics.parquet").to_pylist() == rows
     assert repeated.best == summary.best
+    assert repeated.headline["images"] == summary.headline["images"]
 
 
 @pytest.mark.parametrize(

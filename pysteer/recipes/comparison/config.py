@@ -25,7 +25,7 @@ class MethodsConfig:
         search_prompts: prompts that choose the strength.
         prompts: fresh prompts that the table is measured on.
         fit_pairs: prompt pairs the methods are fitted on.
-        controls: how many of the best methods are measured with a random direction and with shuffled labels.
+        controls: how many of the best methods are measured with shuffled labels too; one gets a random direction.
         settings: further arguments of the generator, for example {cfg: 2}.
         batch_size: prompts generated at once.
         device: auto (a GPU where there is one), cpu, cuda:0 and so on.
@@ -42,7 +42,7 @@ class MethodsConfig:
     search_prompts: int = 48
     prompts: int = 144
     fit_pairs: int = 192
-    controls: int = 3
+    controls: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 144
     device: str = "auto"

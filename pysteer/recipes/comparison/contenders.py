@@ -14,15 +14,35 @@ from pysteer.methods.base import did_you_mean
 from pysteer.recipes.comparison.places import Place, find_place
 from pysteer.recipes.config import Word, convert
 
+NOT_FITTED = ("vector_steering", "channel_steering", "sae_steering")  # to prompts of two classes
 _STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5)
-_WIDE = (1.0, 2.0, 3.0, 4.0, 6.0)
-_WIDE_METHODS = ("mean_difference",)
-NOT_FITTED = ("vector_steering", "channel_steering", "sae_steering", "gated")
+# How each method takes part in `all`: with options under which it does best. Those without an entry have their default
+# options, and the visual place. Maps of tokens are fitted on tokens; along one direction of the text only `replace`
+# turns the class, since what is added reaches every word.
+_VARIANTS = {
+    "affine_transport": ("affine_transport:rank=8", "affine_transport:rank=none"),
+    "aura": ("aura:pooled=false",),
+    "contrastive_direction": ("contrastive_direction:apply=replace@text",),
+    "gated": ("gated:per_token=true",),
+    "gaussian_transport": ("gaussian_transport:pooled=false",),
+    "linear_act": ("linear_act:pooled=false",),
+    "linear_transport": ("linear_transport:pooled=false",),
+    "prototype": ("prototype:clusters=256",),
+}
+_WORDS = {"rank=none": "full", "pooled=false": "per token", "per_token=true": "per token"}
+# A constant shift needs more of it, a direction in the text is replaced beyond the mean of the target.
+_OWN_STRENGTHS = {
+    "contrastive_direction": (1.0, 1.5, 2.0, 3.0, 4.0),
+    "gated": (0.5, 1.0, 1.5, 2.0, 3.0),
+    "linear_transport": (0.5, 1.0, 1.5, 2.0, 3.0),
+    "mean_difference": (0.5, 1.0, 2.0, 3.0, 4.0),
+    "norm_preserving": (0.5, 1.0, 2.0, 3.0, 4.0),
+}
 
 
-def defaults(pipe: Any, attribute: str) -> list[str]:
+def defaults() -> list[str]:
     """Every registered method that prompts are enough for."""
-    return [name for name in sorted(REGISTRY) if name not in NOT_FITTED]
+    return [text for name in sorted(REGISTRY) if name not in NOT_FITTED for text in _VARIANTS.get(name, (name,))]
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class Contender:
     def label(self) -> str:
         """Its name for people."""
         given = self.text.partition("@")[0].partition(":")[2]
-        options = ", ".join(part.replace("=", " ").replace("_", " ") for part in given.split("+") if part)
+        options = ", ".join(_WORDS.get(part, part.replace("=", " ").replace("_", " ")) for part in given.split("+"))
         name = self.method.name.replace("_", " ")
         return f"{name} ({options})" if options else name
 
@@ -69,7 +89,7 @@ def find_contenders(
     Raises:
         InputError: an unknown method, option or place, or one asked for twice.
     """
-    every = [each for word in words for each in (defaults(pipe, attribute) if word == "all" else [word])]
+    every = [each for word in words for each in (defaults() if word == "all" else [word])]
     found = [_contender(text, pipe, attribute, tuple(strengths)) for text in every]
     keys = [each.key for each in found]
     for each in found:
@@ -90,5 +110,5 @@ def _contender(text: str, pipe: Any, attribute: str, strengths: tuple[float, ...
         option, _, value = part.partition("=")
         options[option] = convert(Word(value), hints[option], f"{name}:{option}") if option in hints else value
     method = create(name, **options)
-    own = _WIDE if name in _WIDE_METHODS else _STRENGTHS
+    own = _OWN_STRENGTHS.get(name, _STRENGTHS)
     return Contender(text, method, find_place(where if at else "visual", pipe, attribute), strengths or own)

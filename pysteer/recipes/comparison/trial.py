@@ -26,6 +26,7 @@ from pysteer.recipes.prototype.settings import Group, Setting
 from pysteer.steering import Plan
 
 Advance = Callable[[float], None]
+_CONTROLS = {"random": "random direction", "shuffled": "shuffled labels"}
 UNSTEERED = Setting("baseline", "unsteered", "reference")
 SWAP = Setting("swap", "prompt swap (ceiling)", "reference", swapped=True)
 
@@ -118,7 +119,8 @@ class PairTrial:
         doses = sum(len(each.strengths) for each in self.contenders) * searched
         controls = min(self.config.controls, len(self.contenders))
         most = max((self._fit_cost(each) for each in self.contenders), default=0)
-        return fits + doses + len(self.contenders) * fresh + controls * (2 * fresh + most) + 2 * (searched + fresh)
+        rows = len(self.contenders) + controls + min(1, controls) + 2
+        return fits + doses + rows * fresh + controls * most + 2 * searched
 
     def _fit_cost(self, contender: Contender) -> int:
         text = all(site.startswith("text") for site in contender.place.sites)
@@ -140,9 +142,9 @@ class PairTrial:
             measured = [search.headline[name] for name in names[each.key]]
             outcomes.append(Outcome(each, measured, choose(measured, self.config.keep), fits[each.key]))
         images = self._references("", self.fresh, advance)
-        best = ranked(outcomes, self.config.keep)[: self.config.controls]
+        controls = self._controls(outcomes, advance)
         for outcome in outcomes:
-            outcome.images = self._measured(outcome, outcome in best, advance)
+            outcome.images = self._measured(outcome, controls.get(outcome.contender.key, {}), advance)
             images |= {s.setting.key: s for s in outcome.images.values()}
         results = measure(PairImages(self.fresh, headline=images), self.judge, self.config.drawn)
         for row in search.rows:
@@ -172,7 +174,7 @@ class PairTrial:
                     settings=self.painter.settings,
                 )
                 fitted.save_pretrained(folder)
-                self.painter.painted += count
+                stage.notes["images"] = count
         advance(count)
         return Fitted.from_pretrained(folder)
 
@@ -201,16 +203,15 @@ class PairTrial:
             found[setting.key] = ImageSet(setting, prompts, part)
         return found
 
-    def _measured(self, outcome: Outcome, controlled: bool, advance: Advance) -> dict[str, ImageSet]:
+    def _measured(self, outcome: Outcome, controls: dict[str, Fitted], advance: Advance) -> dict[str, ImageSet]:
         """Fresh prompts at the chosen strength and, as further rows, its controls."""
         contender, level = outcome.contender, outcome.chosen.strength
         names: dict[str, tuple[str, str, Group, Plan]] = {
             "main": (contender.key, contender.label, "steered", outcome.fitted.plan())
         }
-        if controlled:
-            for control, label, fitted in self._controls(outcome, advance):
-                text = f"{label}: {contender.label}"
-                names[control] = (f"{contender.key}-{control}", text, "control", fitted.plan())
+        for name, fitted in controls.items():
+            label = f"{_CONTROLS[name]}: {contender.label}"
+            names[name] = (f"{contender.key}-{name}", label, "control", fitted.plan())
         prompts = self.fresh.test
         plans = [plan for *_, plan in names.values() for _ in range(len(prompts))]
         images = self._stage(
@@ -223,13 +224,19 @@ class PairTrial:
             for (name, (key, label, group, _)), part in parts
         }
 
-    def _controls(self, outcome: Outcome, advance: Advance) -> list[tuple[str, str, Fitted]]:
-        """Those there are: a random direction needs shifts of fixed length, shuffled labels a fit without pairs."""
-        found = []
-        with suppress(InputError):
-            found.append(("random", "random direction", outcome.fitted.random_direction(self.config.seed)))
-        with suppress(InputError):
-            found.append(("shuffled", "shuffled labels", self._fit(outcome.contender, "shuffled", advance)))
+    def _controls(self, outcomes: Sequence[Outcome], advance: Advance) -> dict[str, dict[str, Fitted]]:
+        """Of the best methods: shuffled labels, where there is a fit without pairs, and of the best one of all whose
+        shifts have a fixed length the random direction."""
+        found: dict[str, dict[str, Fitted]] = {}
+        order = ranked(outcomes, self.config.keep) if self.config.controls else []
+        for outcome in order:
+            with suppress(InputError):
+                found[outcome.contender.key] = {"random": outcome.fitted.random_direction(self.config.seed)}
+                break
+        for outcome in order[: self.config.controls]:
+            with suppress(InputError):
+                fitted = self._fit(outcome.contender, "shuffled", advance)
+                found.setdefault(outcome.contender.key, {})["shuffled"] = fitted
         return found
 
     @staticmethod
@@ -257,7 +264,7 @@ class PairTrial:
                 prompts.source, prompts.seeds, advance, plan=own, strength=1.0 if strength is None else strength
             )
             save_sheets(images, path)
-            stage.notes["side"] = list(images.shape[1:3])
+            stage.notes |= {"side": list(images.shape[1:3]), "images": len(images)}
         return images
 
 
