@@ -18,7 +18,7 @@ from pysteer.errors import InputError, PysteerError
 from pysteer.families.base import find_family
 from pysteer.methods import Method, SiteFit
 from pysteer.methods.base import check_choice
-from pysteer.ops import registry
+from pysteer.steering.call import Call
 from pysteer.steering.positions import Positions
 from pysteer.steering.site import Site
 
@@ -276,7 +276,11 @@ class _Work:
         if step in self.fits.get(site.name, {}):
             raise PysteerError(f"site {site.name} ran twice at step {step}; fix: run the model once per fit")
         source, target, negatives = groups.split(x, lengths, self.method.pooled)
-        fitted = self.method.fit_site(source, target, negatives=negatives, paired=groups.paired, seed=self.seed)
+        means = {"rows": groups.split(x, lengths, True)} if self.method.needs_rows else {}
+        fitted = self.method.fit_site(
+            source, target, negatives=negatives, paired=groups.paired, seed=self.seed, **means
+        )
+        fitted.options.update(self.method.options_of_layout(site.layout))
         self.fits.setdefault(site.name, {})[step] = fitted
         if self.progress is not None:
             self.progress(sum(map(len, self.fits.values())), self.total)
@@ -307,10 +311,10 @@ def _steered(x: Tensor, op: str, fitted: SiteFit, rows: list[int], layout: str, 
     if not rows:
         return x
     banks = {name: torch.stack((torch.zeros_like(t), t)) for name, t in fitted.tensors.items()}
+    call = Call.make(op, banks, fitted.options, layout, common=fitted.shared)
     slot = torch.zeros(1, len(x), dtype=torch.int32, device=x.device)
     slot[0, rows] = 1
     span = None if spans is None else spans.to(x.device, torch.int32)
-    options = {**fitted.options, **({"channel_dim": 1} if layout == "channels" else {})}
     clock = torch.zeros((), dtype=torch.int64, device=x.device)
     strength = torch.ones(1, len(x), device=x.device)
-    return registry.get(op).function(x, **banks, slot=slot, strength=strength, clock=clock, span=span, **options)
+    return call(x, slot, strength, clock, span)

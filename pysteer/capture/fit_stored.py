@@ -12,7 +12,7 @@ from pysteer.capture.moments import Moments
 from pysteer.capture.store import ActivationStore
 from pysteer.errors import InputError
 from pysteer.methods import Method, SiteFit
-from pysteer.methods.base import check_choice
+from pysteer.methods.base import TokenSets, check_choice
 from pysteer.steering.site import did_you_mean
 
 Stored = ActivationStore | Moments
@@ -73,6 +73,10 @@ def _lasting(stored: Stored) -> set[str]:
     return {site["name"] for site in stored.config["sites"] if site["lasting"]}
 
 
+def _layout(stored: ActivationStore, site: str) -> str:
+    return next((str(each["layout"]) for each in stored.config["sites"] if each["name"] == site), "tokens")
+
+
 def _places(source: Stored, target: Stored, sites: Iterable[str] | None) -> list[tuple[str, int]]:
     theirs = set(_known(target))
     common = [place for place in _known(source) if place in theirs]
@@ -102,10 +106,17 @@ def _fit(
         return method.fit_moments(source.of(site, step), target.of(site, step))
     assert isinstance(target, ActivationStore)
     x, y = _samples(source, site, step, method.pooled), _samples(target, site, step, method.pooled)
+    means = {}
+    if method.needs_rows:
+        stored = (source, target, *([] if negatives is None else [negatives]))
+        rows = [torch.cat(_samples(each, site, step, True)) for each in stored]
+        means["rows"] = TokenSets(rows[0], rows[1], None if negatives is None else rows[2])
     if paired and [len(row) for row in x] != [len(row) for row in y]:
         raise InputError(f"paired activations of {site}", value="other numbers of tokens", fix="pass paired=False")
     rest = None if negatives is None else torch.cat(_samples(negatives, site, step, method.pooled))
-    return method.fit_site(torch.cat(x), torch.cat(y), negatives=rest, paired=paired, seed=seed)
+    fitted = method.fit_site(torch.cat(x), torch.cat(y), negatives=rest, paired=paired, seed=seed, **means)
+    fitted.options.update(method.options_of_layout(_layout(source, site)))
+    return fitted
 
 
 def _samples(store: ActivationStore, site: str, step: int, pooled: bool) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ def stack_fits(site: str, op: str, fits: Mapping[int, SiteFit], *, lasting: bool
         tensors = [fits[step].tensors[name] for step in steps]
         size = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
         stacked[name] = torch.stack([_fill(tensor, size) for tensor in tensors])
-    return SiteParameters(site, op, None if lasting else steps, stacked, dict(fits[steps[0]].options))
+    first = fits[steps[0]]
+    return SiteParameters(site, op, None if lasting else steps, stacked, dict(first.options), dict(first.shared))
 
 
 def _fill(tensor: Tensor, size: list[int]) -> Tensor:
@@ -112,14 +113,15 @@ class Fitted:
                 for row, step in enumerate(steps)
             }
             control = stack_fits(entry.site, entry.op, fits)
-            controls.append(SiteParameters(entry.site, entry.op, entry.steps, control.tensors, entry.options))
+            controls.append(replace(entry, tensors=control.tensors))
         return Fitted(self.method, controls, {**self.meta, "control": "random_direction"})
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `parameters.safetensors` (tensors named `site/tensor`) and `config.json` into `folder`."""
-        tensors = {f"{entry.site}/{name}": t for entry in self.parameters for name, t in entry.tensors.items()}
+        tensors = {f"{e.site}/{name}": t for e in self.parameters for name, t in (e.tensors | e.shared).items()}
         sites = [
             {"site": e.site, "op": e.op, "steps": None if e.steps is None else list(e.steps), "options": e.options}
+            | ({"shared": sorted(e.shared)} if e.shared else {})
             for e in self.parameters
         ]
         config = {
@@ -179,13 +181,18 @@ def _read_site(method: Method, entry: dict[str, Any], tensors: dict[str, Tensor]
         _check_tensor(key, tensor, 1 if steps is None else len(steps), dims, sizes)
         found[tensor_name] = tensor
     options = _mapping(entry.get("options"), f"options of site {name}")
-    parameters = SiteParameters(name, str(op), None if steps is None else tuple(steps), found, options)
+    shared = {}
+    for common in entry.get("shared", []):
+        if f"{name}/{common}" not in tensors:
+            raise InputError("fitted parameters lack a tensor", value=f"{name}/{common}", fix="fit or fetch them again")
+        shared[str(common)] = tensors.pop(f"{name}/{common}")
+    parameters = SiteParameters(name, str(op), None if steps is None else tuple(steps), found, options, shared)
     parameters.check()
     return parameters
 
 
 def _check_tensor(key: str, tensor: Tensor, sets: int, dims: tuple[str, ...], sizes: dict[str, int]) -> None:
-    if tensor.dtype != torch.float32:
+    if tensor.dtype not in (torch.float32, torch.int32):
         raise InputError(f"dtype of {key}", value=str(tensor.dtype), allowed="torch.float32")
     shape = [sets, *(sizes.get(dim, 1 if dim == "1" else "any") for dim in dims)]
     fits = tensor.dim() == len(shape) and all(b in ("any", a) for a, b in zip(tensor.shape, shape, strict=True))

@@ -3,20 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pysteer.errors import InputError
-
-
-class TokenSets(NamedTuple):
-    """Input of `Method.fit_site`: `[N, L, D]`, or `[1, n, D]` where rows have different numbers of tokens."""
-
-    source: Tensor
-    target: Tensor
-    negatives: Tensor | None
+from pysteer.methods.base import TokenSets
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -15,10 +16,19 @@ from pysteer.ops.channel_moments import ChannelMoments
 
 class SiteFit(NamedTuple):
     """Parameters of one site at one step: `tensors` are fp32 and named as the op's bank arguments, without the leading
-    parameter-set dimension; `options` are the static options of the op."""
+    parameter-set dimension; `options` are the static options of the op; `shared` are tensors that all steps share."""
 
     tensors: dict[str, Tensor]
     options: dict[str, Any]
+    shared: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class TokenSets(NamedTuple):
+    """What `Method.fit_site` is given: `[N, L, D]`, or `[1, n, D]` where rows have different numbers of tokens."""
+
+    source: Tensor
+    target: Tensor
+    negatives: Tensor | None
 
 
 class Method(ABC):
@@ -37,6 +47,15 @@ class Method(ABC):
     def pooled(self) -> bool:
         """Whether each row enters the fit as the mean over its tokens; most methods have a field of this name."""
         return False
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether `fit_site` wants the means over the tokens of each row as well, as its argument `rows`."""
+        return False
+
+    def options_of_layout(self, layout: str) -> dict[str, Any]:
+        """Options that a site of this layout adds to those of the fit."""
+        return {}
 
     @property
     @abstractmethod

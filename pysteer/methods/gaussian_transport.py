@@ -1,7 +1,7 @@
 """Optimal transport between two Gaussians per unit, and its shift alone."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class GaussianTransport(UnitMap):
 
     Args:
         only_mean: shift by `mu_t - mu_s` and leave the scale ("mean transport").
-        support: range of source values that is moved, "all" (as published) or percentages such as "0-100".
+        support: range of source values that is moved, "all" (as published) or percentages such as "0-100". On maps the
+            range is that of the spatial mean, and decides about all pixels of the unit, as published.
         pooled: fit on the mean over the tokens of each row, as published.
         std_eps: units whose source or target has a standard deviation of at most this are left alone.
     """
@@ -38,6 +39,10 @@ class GaussianTransport(UnitMap):
     def __post_init__(self) -> None:
         check_support(self.support)
         check_std_eps(self.std_eps)
+
+    def options_of_layout(self, layout: str) -> dict[str, Any]:
+        """See `Method.options_of_layout`."""
+        return {"bounds_of_mean": True} if layout == "channels" and self.support != ALL else {}
 
     def fit_units(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """See `UnitMap.fit_units`."""

@@ -1,7 +1,7 @@
 """Linear-AcT: an affine map per unit that carries the source distribution to the target distribution."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class LinearAcT(UnitMap):
             published, which is narrower than that of the tokens it is applied to.
         pooled: fit on the mean over the tokens of each row, as published.
         std_eps: units whose source has a standard deviation below this are taken as constant.
-        of_mean: shift maps `[R, D, H, W]` by what their spatial mean is moved by, as published for convolutions.
+        of_mean: shift all tokens or pixels by what their mean is moved by; None for maps `[R, D, H, W]` alone, as
+            published for convolutions.
     """
 
     name: ClassVar[str] = "linear_act"
@@ -34,7 +35,7 @@ class LinearAcT(UnitMap):
     support: str = "0-100"
     pooled: bool = True
     std_eps: float = 1e-4
-    of_mean: bool = False
+    of_mean: bool | None = None
 
     def __post_init__(self) -> None:
         check_support(self.support)
@@ -43,6 +44,10 @@ class LinearAcT(UnitMap):
     def options(self) -> dict[str, bool]:
         """See `UnitMap.options`."""
         return {"of_mean": True} if self.of_mean else {}
+
+    def options_of_layout(self, layout: str) -> dict[str, Any]:
+        """See `Method.options_of_layout`."""
+        return {"of_mean": True} if self.of_mean is None and layout == "channels" else {}
 
     def fit_units(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """See `UnitMap.fit_units`."""

@@ -104,10 +104,12 @@ class SteeringSpec(OpSpec):
     Attributes:
         unsure: from the keyword arguments, a mask that broadcasts against `x`: where rounding decides between two
             choices, so that two right implementations may differ.
+        shared: tensor arguments without parameter sets, which all rows have in common.
     """
 
     gradients: tuple[str, ...] = ("x",)
     unsure: Callable[..., Tensor] = _never
+    shared: tuple[str, ...] = ()
 
 
 @cache

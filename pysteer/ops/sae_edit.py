@@ -14,7 +14,7 @@ from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, dispatch, plain_torch_needed
-from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for
+from pysteer.ops.launch import Launch, choose, on_device, packed, raise_for, run_compiled
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, full_precision, laid_out_like, look_up
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
@@ -198,11 +198,10 @@ def _run(out: Tensor, x: Tensor, given: _Arguments, gradient: Tensor | None = No
                 out, x, gradient, *banks, full, *extra, given.gate, given.k, launch.source, launch.target
             )
         return out
-    places = addresses(x, out, gradient, *banks, full, *extra)
     shape = (0, 0, 0) if full is None else (full.shape[0], full.stride(0), DTYPE_CODES[full.dtype])
     sizes = (*launch.shape, *given.encoder.shape[:2], *given.slot.shape, *shape)
     options = (GATES.index(given.gate), given.k, DTYPE_CODES[x.dtype], torch.get_num_threads())
-    if status := backends.extension().sae_edit(*places, *sizes, *options):
+    if status := run_compiled("sae_edit", (x, out, gradient, *banks, full, *extra), *sizes, *options):
         raise_for(status, given.slot, given.clock, given.encoder.shape[0])
     return out
 
@@ -469,4 +468,5 @@ SPEC = SteeringSpec(
         "latent": None,
     },
     unsure=_unsure,
+    shared=("full_encoder", "full_bias"),
 )

@@ -1,7 +1,8 @@
 """Steering: what to change (`Plan`), where (`Site`), and the context manager that does it (`steer`)."""
 
 from pysteer.steering.attach import Applier, Attachment, attach
-from pysteer.steering.bake import bake
+from pysteer.steering.bake import bake, bake_lora
+from pysteer.steering.given import channels, vector
 from pysteer.steering.handle import Handle, SiteReport, steer
 from pysteer.steering.plan import Plan, PlanEntry, SiteParameters
 from pysteer.steering.site import Site
@@ -19,5 +20,8 @@ __all__ = [
     "Table",
     "attach",
     "bake",
+    "bake_lora",
+    "channels",
     "steer",
+    "vector",
 ]

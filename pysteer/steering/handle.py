@@ -427,6 +427,9 @@ def _check_plans(part: Part, plans: list[Plan]) -> None:
 
 
 def _check_room(table: Table, stack: Stack) -> None:
+    if table.call.gate and table.one_plan and not stack.shared:  # one gate for all rows is part of the graph
+        where = f"plans of a gate at {stack.first.site}"
+        raise InputError(where, value="one per prompt", allowed="one, as attached", fix="steer again")
     room = len(next(iter(table.bank.values()))) - 1
     if stack.sets > room:
         first = stack.first

@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from pysteer.errors import InputError
 from pysteer.ops import registry
+from pysteer.steering.call import AROUND, GATE, GATE_TENSORS, split
 from pysteer.steering.site import Site, brief, did_you_mean
 
 Strengths = Mapping[int | None, tuple[float, float]]
@@ -19,15 +20,29 @@ _ROWS = {"cond": (1.0, 0.0), "uncond": (0.0, 1.0), "both": (1.0, 1.0)}
 _TABLE_ARGUMENTS = ("slot", "strength", "clock", "span", "channel_dim", "out")
 
 
+class _Arguments(NamedTuple):
+    """Names of the banks of an op, of those that may be left out, of tensors that all sets share, and of its options.
+
+    Banks that may be left out are all there or none, but for ops with shared tensors, which decide themselves.
+    """
+
+    banks: list[str]
+    bounds: list[str]
+    shared: list[str]
+    options: list[str]
+
+
 @cache
-def _arguments_of(op: str) -> tuple[list[str], list[str], list[str]]:
-    """Names of the banks of an op, of those that may be left out, all together, and of its options."""
-    parameters = dict(list(inspect.signature(registry.get(op).function).parameters.items())[1:])
+def _arguments_of(op: str) -> _Arguments:
+    spec = registry.get(op)
+    parameters = dict(list(inspect.signature(spec.function).parameters.items())[1:])
     names = list(parameters)
     banks = names[: names.index("slot")]
     rest = [name for name in names if name not in (*banks, *_TABLE_ARGUMENTS)]
-    bounds = [name for name in rest if Tensor in get_args(parameters[name].annotation)]
-    return banks, bounds, [name for name in rest if name not in bounds]
+    shared = list(getattr(spec, "shared", ()))
+    tensors = [name for name in rest if Tensor in get_args(parameters[name].annotation)]
+    options = [name for name in rest if name not in tensors]
+    return _Arguments(banks, [name for name in tensors if name not in shared], shared, options)
 
 
 @dataclass
@@ -38,9 +53,12 @@ class SiteParameters:
         site: name of the site.
         op: name of the op in `pysteer.ops`.
         steps: parameter set i is for step `steps[i]`; None for one set that serves every step.
-        tensors: the op's bank arguments by name, each `[len(steps) or 1, ...]`, floating point; used as fp32. Banks
-            that the op takes as optional (`low`, `high` of `affine_shift`) are given all together or not at all.
-        options: static options of the op.
+        tensors: the op's bank arguments by name, each `[len(steps) or 1, ...]`, floating point; used as fp32 (int32
+            where the op wants it). Banks that the op takes as optional (`low`, `high` of `affine_shift`) are given all
+            together or not at all. With a gate also the tensors of `linear_gate`, as `gate.weight` and so on.
+        options: static options of the op, and those of `pysteer.steering.call`: `gate.kind`, `gate.threshold`,
+            `gate.per_token`, `keep_norm`.
+        shared: tensors of the op that all sets share (`full_encoder` of `sae_edit`), used as they are.
     """
 
     site: str
@@ -48,6 +66,7 @@ class SiteParameters:
     steps: tuple[int, ...] | None
     tensors: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def sets(self) -> int:
@@ -56,30 +75,51 @@ class SiteParameters:
 
     def check(self) -> None:
         """Raise an InputError unless names, options, shapes and values fit the op (the width needs the site)."""
-        banks, bounds, options = _arguments_of(self.op)
+        known = _arguments_of(self.op)
         where = f"parameters of site {self.site} for {self.op}"
-        given = set(self.tensors)
-        if given not in (set(banks), {*banks, *bounds}):
-            allowed = ", ".join(banks) + (f", and if wanted {', '.join(bounds)}" if bounds else "")
-            raise InputError(f"{where}, tensors", value=", ".join(sorted(given)), allowed=allowed)
+        self._check_names(known, where)
         for option in self.options:
-            if option not in options:
-                fix = did_you_mean(option, options)
-                raise InputError(f"{where}, option", value=option, allowed=", ".join(options) or "none", fix=fix)
+            if option not in (*known.options, *AROUND):
+                fix, allowed = did_you_mean(option, known.options), ", ".join(known.options) or "none"
+                raise InputError(f"{where}, option", value=option, allowed=allowed, fix=fix)
         if self.steps is not None and (len(set(self.steps)) != len(self.steps) or not self.steps):
             raise InputError(f"{where}, steps", value=self.steps, allowed="at least one step, each once")
+        for name, tensor in self.shared.items():
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise InputError(f"{where}, {name}", value=str(tensor.dtype), allowed="finite floating point numbers")
         most = max(tensor.dim() for tensor in self.tensors.values())
         for name, tensor in self.tensors.items():
-            if not tensor.is_floating_point() or tensor.dim() < 2 or len(tensor) != self.sets:
+            number = tensor.is_floating_point() or tensor.dtype is torch.int32
+            if not number or tensor.dim() < 2 or len(tensor) != self.sets:
                 found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
                 raise InputError(f"{where}, {name}", value=found, allowed=f"floating point [{self.sets}, ...]")
             # Minus infinity marks an unused entry in a bank of scores; never in one that holds vectors. What is left
             # out for no bounds may be infinite.
             usable = torch.isfinite(tensor) | ((tensor == -math.inf) & (tensor.dim() < most))
-            if not bool(usable.all() if name not in bounds else ~tensor.isnan().any()):
+            if not bool(usable.all() if name not in known.bounds else ~tensor.isnan().any()):
                 raise InputError(
                     f"{where}, {name}", value="NaN or infinity", allowed="finite values", fix="fit or load them again"
                 )
+
+    def _check_names(self, known: _Arguments, where: str) -> None:
+        """Raise an InputError unless the tensors are those of the op and its gate."""
+        own, gate = split(self.tensors)
+        together = {*known.banks, *known.bounds}
+        fits = set(known.banks) <= set(own) <= together and (known.shared or set(own) in (set(known.banks), together))
+        if not fits:
+            allowed = ", ".join(known.banks) + (f", and if wanted {', '.join(known.bounds)}" if known.bounds else "")
+            raise InputError(f"{where}, tensors", value=", ".join(sorted(own)), allowed=allowed)
+        for name in self.shared:
+            if name not in known.shared:
+                raise InputError(f"{where}, shared", value=name, allowed=", ".join(known.shared) or "none")
+        kind = self.options.get("gate.kind")
+        if kind is not None and kind not in GATE_TENSORS:
+            raise InputError(f"{where}, gate.kind", value=kind, allowed=", ".join(GATE_TENSORS))
+        wanted = GATE_TENSORS.get(str(kind), ())
+        if set(gate) != set(wanted):
+            allowed = ", ".join(GATE + name for name in wanted) or "none without gate.kind"
+            value = ", ".join(GATE + name for name in sorted(gate)) or "none"
+            raise InputError(f"{where}, tensors of the gate", value=value, allowed=allowed)
 
 
 @dataclass(frozen=True)

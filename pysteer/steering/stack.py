@@ -50,10 +50,11 @@ class Stack:
 
 
 def kind_of(parameters: SiteParameters) -> tuple[Any, ...]:
-    """What has to agree for parameters to share a table: site, op, options and shapes."""
+    """What has to agree for parameters to share a table: site, op, options, shapes, and what all sets share."""
     shapes = tuple(sorted((name, tuple(tensor.shape[1:])) for name, tensor in parameters.tensors.items()))
     options = tuple(sorted((name, repr(value)) for name, value in parameters.options.items()))
-    return parameters.site, parameters.op, options, shapes
+    shared = tuple(sorted((name, id(tensor)) for name, tensor in parameters.shared.items()))
+    return parameters.site, parameters.op, options, shapes, shared
 
 
 def lay(plans: Sequence[Plan], kinds: Sequence[Any]) -> list[list[PlanEntry | None]]:

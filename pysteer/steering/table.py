@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import InputError, PysteerError
-from pysteer.ops import registry
+from pysteer.steering.call import Call
 from pysteer.steering.plan import PlanEntry
 from pysteer.steering.site import Site
 from pysteer.steering.stack import Stack
@@ -37,7 +37,8 @@ class Table:
         device: of the table; that of the clock by default.
 
     Attributes:
-        bank: the op's parameters by name, fp32 `[1 + sets, ...]`; set 0 is not used.
+        bank: parameters of the op and its gate by name, fp32 (or int32) `[1 + sets, ...]`; set 0 is not used.
+        common: tensors of the op that all sets share.
         slot: int32 `[S, R]`, the parameter set of each row; 0 leaves the row alone.
         strength: fp32 `[S, R]`.
         span: int32 `[R, 2]` or None, tokens `[start, end)` of each row that are touched; shared by the part.
@@ -61,18 +62,23 @@ class Table:
         self.span: Tensor | None = None
         self.mask: Tensor | None = None
         self.rows: int | None = None
-        self.function = registry.get(stack.first.op).function
+        self.op, self.one_plan = stack.first.op, stack.shared
         self.options: dict[str, Any] = dict(stack.first.options)
-        if site.layout == "channels":
-            self.options["channel_dim"] = 1
         with torch.inference_mode(False), torch.no_grad():
             self.one = torch.ones(1, dtype=torch.int64, device=self.device)
             self.bank = {
-                name: torch.zeros(1 + stack.sets, *tensor.shape[1:], device=self.device)
+                name: torch.zeros(1 + stack.sets, *tensor.shape[1:], device=self.device, dtype=_kept_as(tensor))
                 for name, tensor in stack.first.tensors.items()
             }
+            self.common = {name: tensor.to(self.device) for name, tensor in stack.first.shared.items()}
             self._allocate(steps, capacity)
+        self._prepare()
         self.load(stack)
+
+    def _prepare(self) -> None:
+        """Take the banks as they are for the coming calls."""
+        layout, common = self.site.layout, self.common
+        self.call = Call.make(self.op, self.bank, self.options, layout, common=common, shared=self.one_plan)
 
     def _allocate(self, steps: int, capacity: int) -> None:
         self.slot = torch.zeros(steps, capacity, dtype=torch.int32, device=self.device)
@@ -105,18 +111,13 @@ class Table:
         else:
             self._check_input(x)
             self.visits.index_add_(0, self.clock, self.one, alpha=visit)
-        y = self.function(
-            x, **self.bank, slot=self.slot, strength=self.strength, clock=self.clock, span=self.span, **self.options
-        )
-        return y if self.mask is None else self._masked(x, y, self.mask)
-
-    def _masked(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        """`y` where the mask is true, `x` elsewhere and in a run over another number of tokens than the mask has."""
-        if self.site.layout != "tokens":
-            return y
-        if math.prod(x.shape[1:-1]) != mask.shape[1]:
+        if self.mask is None or self.site.layout != "tokens":
+            return self.call(x, self.slot, self.strength, self.clock, self.span)
+        if math.prod(x.shape[1:-1]) != self.mask.shape[1]:  # a run over other tokens than the mask is about
             return x.clone()
-        return torch.where(mask[: len(x)].view(*x.shape[:-1], 1), y, x)
+        mask = self.mask[: len(x)]
+        y = self.call(x, self.slot, self.strength, self.clock, self.span, mask)
+        return torch.where(mask.view(*x.shape[:-1], 1), y, x)
 
     def _check_input(self, x: Tensor) -> None:
         dims = x.dim()
@@ -141,7 +142,7 @@ class Table:
         x = torch.zeros(shape, device=self.device)
         clock = torch.zeros((), dtype=torch.int64, device=self.device)
         try:
-            self.function(x, **self.bank, slot=self.slot, strength=self.strength, clock=clock, **self.options)
+            self.call(x, self.slot, self.strength, clock, None)
         except InputError as error:
             where = f"parameters of site {self.site.name} (width {width})"
             raise InputError(f"{where} do not fit: {error}", fix="fit them for this model") from error
@@ -222,12 +223,18 @@ class Table:
         device = torch.device(device)
         with torch.inference_mode(False), torch.no_grad():
             self.bank = {name: tensor.to(device) for name, tensor in self.bank.items()}
+            self.common = {name: tensor.to(device) for name, tensor in self.common.items()}
+            self._prepare()
             for name in ("one", "slot", "strength", "choice", "schedule", "index", "visits", "calls", "tokens"):
                 setattr(self, name, getattr(self, name).to(device))
         self.span = None if self.span is None else self.span.to(device)
         self.mask = None if self.mask is None else self.mask.to(device)
         self.device = self.slot.device
         return self
+
+
+def _kept_as(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def _set_of(entry: PlanEntry | None, begin: int | None, step: int) -> int:
