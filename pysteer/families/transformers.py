@@ -30,6 +30,7 @@ from pysteer.steering.site import Site
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "layer.0.SelfAttention")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.1.DenseReluDense", "layer.1")
 _LAST_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+_CACHES = ("past_key_values", "cache")  # the argument before transformers 5.24 and since
 _WIDTHS = ("out_features", "embedding_dim", "nf")  # of Linear (also quantised ones), Embedding, GPT-2's Conv1D
 
 
@@ -140,7 +141,7 @@ def _device(module: nn.Module) -> torch.device:
 
 def _reads_cache(model: nn.Module) -> bool:
     arguments = inspect.signature(type(model).forward).parameters
-    return "past_key_values" in arguments or bool(getattr(model, "can_generate", bool)())
+    return any(name in arguments for name in _CACHES) or bool(getattr(model, "can_generate", bool)())
 
 
 def _text_config(model: Any) -> Any:
@@ -220,19 +221,20 @@ def _last_norm(model: nn.Module, owner: str) -> str:
 
 def _watch(root: nn.Module, hub: _Hub) -> Callable[..., None]:
     """A pre-hook that sets the clock and passes on which tokens count; in a compiled graph it is tensor code alone."""
-    signature = inspect.signature(type(root).forward)
-    first = list(signature.parameters)[1]
+    names = list(inspect.signature(type(root).forward).parameters)[1:]
+    first = names[0]
     cached = _reads_cache(root)
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs.get(first)
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = named.get(first)
         if given is None:
-            given = kwargs.get("inputs_embeds")
+            given = named.get("inputs_embeds")
         if given is None:
             return
         rows, tokens = given.shape[0], given.shape[1]
-        further = cached and tokens == 1 and kwargs.get("past_key_values") is not None
-        mask = kwargs.get("attention_mask") if len(args) < 2 else args[1]
+        further = cached and tokens == 1 and any(named.get(name) is not None for name in _CACHES)
+        mask = named.get("attention_mask")
         spans = None if further else attended(mask, rows, tokens, given.device)
         hub.clock.fill_(int(further))
         for listener in hub.listeners:

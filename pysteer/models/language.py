@@ -65,6 +65,16 @@ class LanguageModel:
             raise InputError("prompts", value="an empty text", allowed="texts of at least one token")
         return {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
+    def content_mask(self, prompts: Sequence[str]) -> Tensor:
+        """Which tokens of the padded batch are text: neither padding nor special tokens; bool `[B, L]`.
+
+        For `pysteer.steer(..., positions=lm.content_mask(prompts))` where the begin of text, role marks and the like
+        are to be left alone.
+        """
+        ids = self.tokenize(prompts)["input_ids"]
+        special = torch.tensor(sorted(set(self.tokenizer.all_special_ids)), device=ids.device)
+        return ~torch.isin(ids, special)
+
     def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of every prompt, without padding."""
         ids: list[list[int]] = self.tokenizer(list(prompts))["input_ids"]
