@@ -63,8 +63,11 @@ def _replaced(output: Any, applier: Applier, element: int | str | None) -> Any:
 
 
 def _run_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    traced = base.forward  # a graph cannot look it up in a class that is allowed in graphs, as those of diffusers are
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = base.forward(self, *args, **kwargs)
+        run = traced if torch.compiler.is_compiling() else base.forward
+        output = run(self, *args, **kwargs)
         # The default serves a bound method that outlives the swap (a compiled child, a hook that was removed).
         for applier, element in getattr(self, "_steer_fwd", ()):
             output = _replaced(output, applier, element)
@@ -74,8 +77,11 @@ def _run_forward(base: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _run_call(base: type[nn.Module]) -> Callable[..., Any]:
+    traced = base.__call__
+
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = base.__call__(self, *args, **kwargs)
+        run = traced if torch.compiler.is_compiling() else base.__call__
+        output = run(self, *args, **kwargs)
         for applier, element in getattr(self, "_steer_call", ()):
             output = _replaced(output, applier, element)
         return output
