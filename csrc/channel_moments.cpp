@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -27,8 +28,7 @@ struct Limits {
 // Statistics of one block of one channel.
 struct ChannelBlock {
     double mean, m2, mean_abs, near, zero;
-    float minimum, maximum, smallest;
-    bool settled;
+    float minimum, maximum;
 };
 
 // mean^2 / variance above which fp32 sums of squares are taken around the mean: they lose two bits or so at most.
@@ -47,7 +47,7 @@ namespace py = pybind11;
 namespace pysteer {
 namespace {
 
-constexpr std::int64_t kTile = 4096;       // channels that are walked together
+constexpr std::int64_t kTile = 512;        // channels that are walked together
 constexpr std::int64_t kChunk = 1024;      // tokens of one block of such channels
 constexpr std::int64_t kPlane = 8192;      // elements of one block of a channel whose tokens are neighbours
 constexpr std::int64_t kPieces = 64;       // pieces of work, where there are enough blocks
@@ -78,42 +78,53 @@ struct Moments {
     void take(std::int64_t d, double n, const double* shares, const ChannelBlock& b) const {
         take(d, n, shares, {b.mean, b.m2, b.minimum, b.maximum, b.mean_abs, b.near, b.zero});
     }
-
-    void take(std::int64_t d, const Moments& from, std::int64_t e) const {
-        const double n = from.rows[0][e], all = rows[0][d] + n;
-        if (n == 0) return;
-        const double shares[2] = {rows[0][d] / all, n / all};
-        take(d, n, shares,
-             {from.rows[1][e], from.rows[2][e], from.rows[3][e], from.rows[4][e], from.rows[5][e], from.rows[6][e],
-              from.rows[7][e]});
-    }
 };
 
-// [8, width] doubles for every piece.
-struct Partials {
-    std::vector<double> values;
-    std::int64_t width;
+// Room for [8, width] doubles for every piece, which whoever takes a piece fills; a single one goes where the result is.
+class Partials {
+  public:
+    Partials(std::int64_t pieces, std::int64_t width, const Moments& out, bool fresh) : pieces_(pieces), width_(width) {
+        start_ = out.rows[0];
+        if (pieces == 1 && fresh) return;
+        values_.reset(new double[pieces * 8 * width]);
+        start_ = values_.get();
+    }
 
-    Partials(std::int64_t pieces, std::int64_t width) : values(pieces * 8 * width), width(width) {}
-    Moments at(std::int64_t piece) {
+    bool done() const { return !values_; }
+    std::int64_t pieces() const { return pieces_; }
+    Moments at(std::int64_t piece) const {
         Moments m;
-        for (int k = 0; k < 8; ++k) m.rows[k] = values.data() + (piece * 8 + k) * width;
+        for (int k = 0; k < 8; ++k) m.rows[k] = start_ + (piece * 8 + k) * width_;
         return m;
     }
+
+  private:
+    std::int64_t pieces_, width_;
+    std::unique_ptr<double[]> values_;
+    double* start_;
 };
 
 struct Walk {
     std::int64_t rows, tokens, width, row, token, channel;
     Limits limits;
     int threads;
+    bool fresh;  // nothing to add to
 };
 
 std::int64_t first_of(std::int64_t piece, std::int64_t pieces, std::int64_t blocks) { return blocks * piece / pieces; }
 
-void merge(Partials& partials, std::int64_t pieces, std::int64_t width, const Moments& out) {
-    for (std::int64_t piece = 0; piece < pieces; ++piece) {
-        const Moments from = partials.at(piece);
-        for (std::int64_t d = 0; d < width; ++d) out.take(d, from, d);
+// Adds the pieces to `out` in order.
+void merge(const Partials& partials, const Walk& w, const Moments& out) {
+    if (partials.done()) return;
+    const std::int64_t together = 256, blocks = (w.width + together - 1) / together;
+#pragma omp parallel for schedule(static) num_threads(w.threads) if (w.threads > 1 && partials.pieces() * w.width > 4096)
+    for (std::int64_t i = 0; i < blocks; ++i) {
+        const std::int64_t d = i * together, channels = std::min(together, w.width - d);
+        for (std::int64_t k = d; w.fresh && k < d + channels; ++k) out.clear(k);
+        for (std::int64_t piece = 0; piece < partials.pieces(); ++piece) {
+            const double* from = partials.at(piece).rows[0] + d;
+            PYSTEER_PICK(moments_merge)(from, w.width, out.rows[0] + d, w.width, channels);
+        }
     }
 }
 
@@ -125,7 +136,7 @@ void by_channel(const T* x, const Walk& w, const Moments& out) {
     const std::int64_t parts = (w.tokens + kPlane - 1) / kPlane;
     const std::int64_t blocks = (w.rows + together - 1) / together * parts;
     const std::int64_t pieces = std::min(blocks, (kPieces + w.width - 1) / w.width);
-    Partials partials(pieces, w.width);
+    const Partials partials(pieces, w.width, out, w.fresh);
 #pragma omp parallel for schedule(static) num_threads(w.threads) if (w.threads > 1)
     for (std::int64_t i = 0; i < w.width * pieces; ++i) {
         const std::int64_t d = i / pieces, piece = i % pieces;
@@ -142,36 +153,48 @@ void by_channel(const T* x, const Walk& w, const Moments& out) {
             count += n;
         }
     }
-    merge(partials, pieces, w.width, out);
+    merge(partials, w, out);
 }
 
 // What one thread needs to walk a tile of channels.
 template <class T>
-struct Scratch {
-    std::vector<float> sums = std::vector<float>(3 * kTile + 3 * kLargestStep);
-    std::vector<std::uint32_t> order = std::vector<std::uint32_t>(3 * kTile + 3 * kLargestStep);
-    std::vector<ChannelBlock> found = std::vector<ChannelBlock>(kTile + kLargestStep);
-    std::vector<T> rest = std::vector<T>(kChunk * kLargestStep);
-};
+class Scratch {
+  public:
+    static constexpr std::int64_t kWidth = kTile;
 
-// A chunk of tokens of one tile; the channels that do not fill a step are copied together.
-template <class T>
-void tile(const T* x, std::int64_t stride, std::int64_t tokens, std::int64_t width, const Limits& limits,
-          Scratch<T>& scratch) {
-    const auto moments = PYSTEER_PICK(moments_tokens<T>);
-    const std::int64_t step = PYSTEER_PICK(moments_step)();
-    const std::int64_t steps = width / step, rest = width % step;
-    if (steps)
-        moments(x, stride, tokens, steps, limits, scratch.sums.data(), scratch.order.data(), scratch.found.data());
-    if (!rest) return;
-    for (std::int64_t t = 0; t < tokens; ++t) {
-        T* to = scratch.rest.data() + t * step;
-        std::copy_n(x + t * stride + steps * step, rest, to);
-        std::fill(to + rest, to + step, T{});
+    // The statistics of a chunk of tokens of one tile into [8][out_width]; the channels that do not fill a step are
+    // copied together.
+    void take(const T* x, std::int64_t stride, std::int64_t tokens, std::int64_t width, const Limits& limits,
+              double* out, std::int64_t out_width) {
+        const auto moments = PYSTEER_PICK(moments_tokens<T>);
+        const std::int64_t steps = width / step_, rest = width % step_;
+        if (steps) moments(x, stride, tokens, steps, limits, known(), out, out_width);
+        if (!rest) return;
+        if (!rest_) rest_.reset(new T[kChunk * step_]);
+        for (std::int64_t t = 0; t < tokens; ++t) {
+            T* to = rest_.get() + t * step_;
+            std::copy_n(x + t * stride + steps * step_, rest, to);
+            std::fill(to + rest, to + step_, T{});
+        }
+        double found[8 * kLargestStep];
+        moments(rest_.get(), step_, tokens, 1, limits, known(), found, step_);
+        for (int k = 0; k < 8; ++k) std::copy_n(found + k * step_, rest, out + k * out_width + steps * step_);
     }
-    moments(scratch.rest.data(), step, tokens, 1, limits, scratch.sums.data(), scratch.order.data(),
-            scratch.found.data() + steps * step);
-}
+
+    double* chunk() { return chunk_.get(); }  // [8][kWidth]
+
+  private:
+    // Begins where a cache line does: vectors that lie across two of them cost twice.
+    void* known() {
+        char* start = known_.get();
+        return start + (64 - reinterpret_cast<std::uintptr_t>(start) % 64);
+    }
+
+    const std::int64_t step_ = PYSTEER_PICK(moments_step)();
+    std::unique_ptr<char[]> known_{new char[(kTile / step_ + 1) * PYSTEER_PICK(moments_scratch<T>)() + 64]};
+    std::unique_ptr<double[]> chunk_{new double[8 * kWidth]};
+    std::unique_ptr<T[]> rest_;
+};
 
 // Channels next to each other: a piece of work is a part of the chunks of one tile of channels.
 template <class T>
@@ -181,28 +204,32 @@ void by_token(const T* x, Walk w, const Moments& out) {
         w.tokens *= w.rows;
         w.rows = 1;
     }
-    const std::int64_t tiles = (w.width + kTile - 1) / kTile, parts = (w.tokens + kChunk - 1) / kChunk;
+    const std::int64_t tiles = (w.width + kTile - 1) / kTile;
+    const std::int64_t in_tile = ((w.width + tiles - 1) / tiles + kLargestStep - 1) / kLargestStep * kLargestStep;
+    const std::int64_t parts = (w.tokens + kChunk - 1) / kChunk;
     const std::int64_t chunks = w.rows * parts, pieces = std::min(chunks, (kPieces + tiles - 1) / tiles);
-    Partials partials(pieces, w.width);
+    const Partials partials(pieces, w.width, out, w.fresh);
 #pragma omp parallel num_threads(w.threads) if (w.threads > 1)
     {
         Scratch<T> scratch;
 #pragma omp for schedule(static) nowait
         for (std::int64_t i = 0; i < tiles * pieces; ++i) {
-            const std::int64_t piece = i / tiles, d = i % tiles * kTile, width = std::min(kTile, w.width - d);
-            const Moments into = partials.at(piece);
-            for (std::int64_t k = 0; k < width; ++k) into.clear(d + k);
-            double count = 0;
-            for (std::int64_t c = first_of(piece, pieces, chunks); c < first_of(piece + 1, pieces, chunks); ++c) {
+            const std::int64_t piece = i / tiles, d = i % tiles * in_tile, width = std::min(in_tile, w.width - d);
+            double* into = partials.at(piece).rows[0] + d;
+            const std::int64_t first = first_of(piece, pieces, chunks), last = first_of(piece + 1, pieces, chunks);
+            for (std::int64_t c = first; c < last; ++c) {
                 const std::int64_t t = c % parts * kChunk, tokens = std::min(kChunk, w.tokens - t);
-                const double n = double(tokens), shares[2] = {count / (count + n), n / (count + n)};
-                tile(x + c / parts * w.row + t * w.token + d, w.token, tokens, width, w.limits, scratch);
-                for (std::int64_t k = 0; k < width; ++k) into.take(d + k, n, shares, scratch.found[k]);
-                count += n;
+                const T* from = x + c / parts * w.row + t * w.token + d;
+                if (c == first) {
+                    scratch.take(from, w.token, tokens, width, w.limits, into, w.width);
+                    continue;
+                }
+                scratch.take(from, w.token, tokens, width, w.limits, scratch.chunk(), Scratch<T>::kWidth);
+                PYSTEER_PICK(moments_merge)(scratch.chunk(), Scratch<T>::kWidth, into, w.width, width);
             }
         }
     }
-    merge(partials, pieces, w.width, out);
+    merge(partials, w, out);
 }
 
 template <class T>
@@ -238,10 +265,9 @@ void channel_moments(std::uintptr_t x, std::uintptr_t out, std::int64_t rows, st
     const DType type = DType(dtype);
     Moments moments;
     for (int k = 0; k < 8; ++k) moments.rows[k] = reinterpret_cast<double*>(out) + k * width;
-    for (std::int64_t d = 0; !accumulate && d < width; ++d) moments.clear(d);
     const std::int64_t bytes = rows * tokens * width * element_size(type);
     const Walk walk{
-        rows, tokens, width, x_row, x_token, x_channel, {near_bits(float(eps), type)}, threads_for(bytes, threads)};
+        rows, tokens, width, x_row, x_token, x_channel, {near_bits(float(eps), type)}, threads_for(bytes, threads), !accumulate};
     if (type == DType::float32) run<float>(x, walk, moments);
     if (type == DType::bfloat16) run<BFloat16>(x, walk, moments);
     if (type == DType::float16) run<Float16>(x, walk, moments);

@@ -28,6 +28,26 @@ struct Order {
     }
 };
 
+// How many elements are near zero, and how many are zero: per lane, so only of so many elements as a lane can count.
+template <class T>
+struct Counts {
+    Step<T> nears, zeros;
+    static Counts none() { return {Step<T>::all(0), Step<T>::all(0)}; }
+    void take(Step<T> size, Step<T> near) {
+        nears = nears.count(size, near);
+        zeros = zeros.count(size, Step<T>::all(1));
+    }
+    void take(const Counts& b) {
+        nears = nears.plus(b.nears);
+        zeros = zeros.plus(b.zeros);
+    }
+};
+
+template <class T>
+inline Step<T> near_of(const Limits& limits) {
+    return Step<T>::all(typename Step<T>::Bits(limits.near));
+}
+
 // Sums of the values, of their squares and of their sizes.
 struct Sums {
     Vec value, square, size;
@@ -53,15 +73,17 @@ template <class T>
 struct Pair {
     Sums a, b;
     Order<T> order;
+    Counts<T> counts;
 
     void take(const Pair& other) {
         a.take(other.a);
         b.take(other.b);
         order.take(other.order);
+        counts.take(other.counts);
     }
 
-    static Pair empty() { return {no_sums(), no_sums(), Order<T>::empty()}; }
-    void take(Step<T> x) {
+    static Pair empty() { return {no_sums(), no_sums(), Order<T>::empty(), Counts<T>::none()}; }
+    void take(Step<T> x, Step<T> near) {
         const Step<T> size = x.sizes();
         Vec v, w, s, t;
         x.floats(v, w);
@@ -69,6 +91,7 @@ struct Pair {
         a.take(v, s);
         b.take(w, t);
         order.take(x, size);
+        counts.take(size, near);
     }
 };
 
@@ -79,20 +102,25 @@ template <>
 struct Pair<BFloat16> {
     Sums a, b;
     Order<BFloat16> order;
+    Counts<BFloat16> counts;
 
     void take(const Pair& other) {
         a.take(other.a);
         order.take(other.order);
+        counts.take(other.counts);
     }
 
-    static Pair empty() { return {no_sums(), no_sums(), Order<BFloat16>::empty()}; }
-    void take(Step<BFloat16> x) {
+    static Pair empty() {
+        return {no_sums(), no_sums(), Order<BFloat16>::empty(), Counts<BFloat16>::none()};
+    }
+    void take(Step<BFloat16> x, Step<BFloat16> near) {
         const Step<BFloat16> size = x.sizes();
         const __m512bh one = pairs(all16(0x3f80));
         a.value = _mm512_dpbf16_ps(a.value, pairs(x.v), one);
         a.square = _mm512_dpbf16_ps(a.square, pairs(x.v), pairs(x.v));
         a.size = _mm512_dpbf16_ps(a.size, pairs(size.v), one);
         order.take(x, size);
+        counts.take(size, near);
     }
 };
 #endif
@@ -119,12 +147,12 @@ inline float value_of(typename Step<T>::Bits bits) {
 // Minimum, maximum and smallest size from the three integers.
 template <class T>
 inline void decode(typename Step<T>::Bits largest, typename Step<T>::Bits highest, typename Step<T>::Bits lowest,
-                   float* minimum, float* maximum, float* smallest) {
+                   float* minimum, float* maximum) {
     using Bits = typename Step<T>::Bits;
     constexpr Bits sign = Bits(1) << (8 * sizeof(Bits) - 1);
-    *smallest = value_of<T>(lowest);
-    *maximum = largest & sign ? -*smallest : value_of<T>(largest);
-    *minimum = highest & sign ? value_of<T>(highest) : *smallest;
+    const float smallest = value_of<T>(lowest);
+    *maximum = largest & sign ? -smallest : value_of<T>(largest);
+    *minimum = highest & sign ? value_of<T>(highest) : smallest;
     if (!(*maximum == *maximum) || !(*minimum == *minimum)) *minimum = *maximum = __builtin_nanf("");
 }
 
@@ -187,39 +215,6 @@ inline void centred_plane(const T* x, const Block& block, ChannelBlock* out) {
     out->m2 = sums - sum * sum / n;
 }
 
-template <class T>
-inline void count_plane(const T* x, const Block& block, const Limits& limits, ChannelBlock* out) {
-    using Bits = typename Step<T>::Bits;
-    const Step<T> near = Step<T>::all(Bits(limits.near)), one = Step<T>::all(1);
-    Step<T> nears = Step<T>::all(0), zeros = Step<T>::all(0);
-    std::int64_t near_rest = 0, zero_rest = 0;
-    for (std::int64_t r = 0; r < block.rows; ++r) {
-        const T* row = x + r * block.row_stride;
-        std::int64_t t = 0;
-        for (; t + kStep <= block.tokens; t += kStep) {
-            const Step<T> size = Step<T>::read(row + t).sizes();
-            nears = nears.count(size, near);
-            zeros = zeros.count(size, one);
-        }
-        for (; t < block.tokens; ++t) {
-            Bits bits;
-            std::memcpy(&bits, row + t, sizeof bits);
-            bits = Bits(bits & Bits(~Bits(0)) >> 1);
-            near_rest += bits < Bits(limits.near);
-            zero_rest += bits == 0;
-        }
-    }
-    Bits lanes[2][kStep];
-    nears.write(lanes[0]);
-    zeros.write(lanes[1]);
-    for (int i = 0; i < kStep; ++i) {
-        near_rest += lanes[0][i];
-        zero_rest += lanes[1][i];
-    }
-    out->near = double(near_rest);
-    out->zero = double(zero_rest);
-}
-
 // What follows from the sums of a block: mean and m2 if they are safe, otherwise once more with more care.
 inline bool settled(double value, double square, double size, double one_by_n, ChannelBlock* out) {
     out->mean = value * one_by_n;
@@ -237,21 +232,33 @@ template <class T>
 struct Totals {
     double value, square, size;
     typename Step<T>::Bits largest, highest, lowest;
+    std::int64_t near, zero;
 };
 
-// The elements behind the last whole step; out of the way of the loop over whole steps.
 template <class T>
-__attribute__((noinline)) void take_rest(const T* x, int rest, Pair<T>* acc) {
+inline std::int64_t sum_of_lanes(Step<T> n) {
+    typename Step<T>::Bits lanes[kStep];
+    n.write(lanes);
+    std::int64_t sum = 0;
+    for (int i = 0; i < kStep; ++i) sum += lanes[i];
+    return sum;
+}
+
+// The elements behind the last whole step, filled up with zeros that are counted as well; out of the way of the loop
+// over whole steps.
+template <class T>
+__attribute__((noinline)) void take_rest(const T* x, int rest, const Limits& limits, Pair<T>* acc) {
     T zeros[kStep], same[kStep];
     pad(x, rest, zeros, same);
     const Order<T> order = acc->order;
-    acc->take(Step<T>::read(zeros));
+    acc->take(Step<T>::read(zeros), near_of<T>(limits));
     acc->order = order;
     acc->order.take(Step<T>::read(same), Step<T>::read(same).sizes());
 }
 
 template <class T>
-inline Totals<T> sum_plane(const T* x, const Block& block) {
+inline Totals<T> sum_plane(const T* x, const Block& block, const Limits& limits) {
+    const Step<T> near = near_of<T>(limits);
     Pair<T> acc[kPairs<T>], last = Pair<T>::empty();
     for (Pair<T>& each : acc) each = Pair<T>::empty();
     const std::int64_t whole = block.tokens / kStep * kStep, rest = block.tokens - whole;
@@ -260,24 +267,25 @@ inline Totals<T> sum_plane(const T* x, const Block& block) {
         std::int64_t t = 0;
 #pragma GCC unroll 2
         for (; t + kPairs<T> * kStep <= whole; t += kPairs<T> * kStep) {
-            for (int i = 0; i < kPairs<T>; ++i) acc[i].take(Step<T>::read(row + t + i * kStep));
+            for (int i = 0; i < kPairs<T>; ++i) acc[i].take(Step<T>::read(row + t + i * kStep), near);
         }
-        if (kPairs<T> > 1 && t < whole) acc[0].take(Step<T>::read(row + t));
-        if (rest) take_rest(row + whole, int(rest), &last);
+        if (kPairs<T> > 1 && t < whole) acc[0].take(Step<T>::read(row + t), near);
+        if (rest) take_rest(row + whole, int(rest), limits, &last);
     }
     acc[0].take(last);
     for (int i = 1; i < kPairs<T>; ++i) acc[0].take(acc[i]);
+    const std::int64_t filled = rest ? block.rows * (kStep - rest) : 0;
     return {total(plus(acc[0].a.value, acc[0].b.value)), total(plus(acc[0].a.square, acc[0].b.square)),
             total(plus(acc[0].a.size, acc[0].b.size)),   acc[0].order.largest.fold_largest(),
-            acc[0].order.highest.fold_highest(),         acc[0].order.lowest.fold_lowest()};
+            acc[0].order.highest.fold_highest(),         acc[0].order.lowest.fold_lowest(),
+            sum_of_lanes(acc[0].counts.nears) - (limits.near ? filled : 0), sum_of_lanes(acc[0].counts.zeros) - filled};
 }
 
 // One channel of a block of rows, tokens next to each other.
 template <class T>
 void moments_plane(const T* x, const Block& block, const Limits& limits, ChannelBlock* out) {
-    using Bits = typename Step<T>::Bits;
-    const Totals<T> sums = sum_plane(x, block);
-    decode<T>(sums.largest, sums.highest, sums.lowest, &out->minimum, &out->maximum, &out->smallest);
+    const Totals<T> sums = sum_plane(x, block, limits);
+    decode<T>(sums.largest, sums.highest, sums.lowest, &out->minimum, &out->maximum);
     const double n = double(block.rows * block.tokens);
     if (!in_range(sums.value, sums.square)) {
         careful_sums(x, block, 0.0, out);
@@ -285,18 +293,34 @@ void moments_plane(const T* x, const Block& block, const Limits& limits, Channel
     } else if (!settled(sums.value, sums.square, sums.size, 1 / n, out)) {
         centred_plane(x, block, out);
     }
-    out->near = out->zero = 0;
-    if (sums.lowest == 0 || sums.lowest < Bits(limits.near)) count_plane(x, block, limits, out);
+    out->near = double(sums.near);
+    out->zero = double(sums.zero);
 }
 
-constexpr int kTogether = 8;  // tokens that share the reading and writing of the sums
+// What is known of one step of channels between two groups of tokens.
+template <class T>
+struct Known {
+    float value[kStep], square[kStep], size[kStep];
+    typename Step<T>::Bits largest[kStep], highest[kStep], lowest[kStep], nears[kStep], zeros[kStep];
 
-// kTokens tokens of one step of channels, added to the sums in memory: [6][kStep] floats of a.value, b.value, a.square,
-// b.square, a.size, b.size, and [3][kStep] integers of Order.
+    static void begin(Known* known) {
+        std::memset(known, 0, sizeof *known);
+        const Order<T> empty = Order<T>::empty();
+        empty.largest.write(known->largest);
+        empty.lowest.write(known->lowest);
+    }
+};
+
+constexpr int kTogether = 16;  // tokens that share the reading and writing of what is known
+
+inline void add_to(float* sum, Vec v) { store(sum, plus(load(sum), v)); }
+
+// kTokens tokens of one step of channels.
 template <class T, int kTokens>
-inline void tokens_step(const T* x, std::int64_t stride, float* sums, typename Step<T>::Bits* order) {
-    Order<T> seen{Step<T>::read(order), Step<T>::read(order + kStep), Step<T>::read(order + 2 * kStep)};
-    Sums a{zero(), load(sums + 2 * kLanes), zero()}, b{zero(), load(sums + 3 * kLanes), zero()};
+inline void tokens_step(const T* x, std::int64_t stride, Step<T> near, Known<T>* known) {
+    Order<T> seen{Step<T>::read(known->largest), Step<T>::read(known->highest), Step<T>::read(known->lowest)};
+    Counts<T> counts{Step<T>::read(known->nears), Step<T>::read(known->zeros)};
+    Sums a = no_sums(), b = no_sums();
     for (int t = 0; t < kTokens; ++t) {
         __builtin_prefetch(x + (t + kTokens) * stride);  // the processor does not follow several tokens by itself
         if (sizeof(T) == 4) __builtin_prefetch(x + (t + kTokens) * stride + kLanes);
@@ -307,19 +331,22 @@ inline void tokens_step(const T* x, std::int64_t stride, float* sums, typename S
         a.take(v, p);
         b.take(w, q);
         seen.take(step, size);
+        counts.take(size, near);
     }
-    store(sums, plus(load(sums), a.value));
-    store(sums + kLanes, plus(load(sums + kLanes), b.value));
-    store(sums + 2 * kLanes, a.square);
-    store(sums + 3 * kLanes, b.square);
-    store(sums + 4 * kLanes, plus(load(sums + 4 * kLanes), a.size));
-    store(sums + 5 * kLanes, plus(load(sums + 5 * kLanes), b.size));
-    seen.largest.write(order);
-    seen.highest.write(order + kStep);
-    seen.lowest.write(order + 2 * kStep);
+    add_to(known->value, a.value);
+    add_to(known->value + kLanes, b.value);
+    add_to(known->square, a.square);
+    add_to(known->square + kLanes, b.square);
+    add_to(known->size, a.size);
+    add_to(known->size + kLanes, b.size);
+    seen.largest.write(known->largest);
+    seen.highest.write(known->highest);
+    seen.lowest.write(known->lowest);
+    counts.nears.write(known->nears);
+    counts.zeros.write(known->zeros);
 }
 
-// Sums around the centres and counts of one step of channels, where one of its channels asks for them.
+// Sums around the centres of one step of channels, where one of its channels asks for them.
 template <class T>
 inline void centred_step(const T* x, std::int64_t stride, std::int64_t tokens, const float* centres, float* sums) {
     const Vec c = load(centres), d = load(centres + kLanes);
@@ -340,102 +367,141 @@ inline void centred_step(const T* x, std::int64_t stride, std::int64_t tokens, c
     }
 }
 
+// Minimum and maximum of every lane of two vectors, in the order of the sums.
 template <class T>
-inline void count_step(const T* x, std::int64_t stride, std::int64_t tokens, const Limits& limits, ChannelBlock* out) {
-    using Bits = typename Step<T>::Bits;
-    const Step<T> near = Step<T>::all(Bits(limits.near)), one = Step<T>::all(1);
-    Step<T> nears = Step<T>::all(0), zeros = Step<T>::all(0);
-    for (std::int64_t t = 0; t < tokens; ++t) {
-        const Step<T> size = Step<T>::read(x + t * stride).sizes();
-        nears = nears.count(size, near);
-        zeros = zeros.count(size, one);
-    }
-    Bits lanes[2][kStep];
-    nears.write(lanes[0]);
-    zeros.write(lanes[1]);
+inline void extremes(const Known<T>& known, float* minimum, float* maximum) {
+    float largest[kStep], highest[kStep], lowest[kStep];
+    Vec a, b;
+    Step<T>::read(known.largest).floats(a, b);
+    store(largest, a);
+    store(largest + kLanes, b);
+    Step<T>::read(known.highest).floats(a, b);
+    store(highest, a);
+    store(highest + kLanes, b);
+    Step<T>::read(known.lowest).floats(a, b);
+    store(lowest, a);
+    store(lowest + kLanes, b);
     for (int i = 0; i < kStep; ++i) {
-        out[i].near = lanes[0][i];
-        out[i].zero = lanes[1][i];
+        const float most = std::int32_t(bits_of(largest[i])) < 0 ? -lowest[i] : largest[i];
+        const float least = std::int32_t(bits_of(highest[i])) < 0 ? highest[i] : lowest[i];
+        const bool fine = (most == most) & (least == least);
+        maximum[i] = fine ? most : __builtin_nanf("");
+        minimum[i] = fine ? least : __builtin_nanf("");
     }
 }
 
-// From the sums of one step of channels to the statistics of each.
+// The lanes whose sums fp32 does not hold well enough, once more.
 template <class T>
-inline void finish_step(const T* x, std::int64_t stride, std::int64_t tokens, const Limits& limits, const float* sums,
-                        const typename Step<T>::Bits* order, ChannelBlock* out) {
-    using Bits = typename Step<T>::Bits;
-    const double n = double(tokens), one_by_n = 1 / n;
-    bool unsettled = false, counts = false;
-    float centres[kStep];
+__attribute__((noinline)) void settle_step(const T* x, std::int64_t stride, std::int64_t tokens, const Known<T>& known,
+                                           double* out, std::int64_t width) {
+    const double n = double(tokens);
+    float centres[kStep], again[4 * kLanes];
     for (int half = 0; half < 2; ++half) {
         for (int lane = 0; lane < kLanes; ++lane) {
-            const int i = place<T>(half, lane), at = half * kLanes + lane;
-            const double value = sums[at], square = sums[2 * kLanes + at], size = sums[4 * kLanes + at];
-            if (!in_range(value, square)) {
-                const Block block{1, tokens, 0, stride};
-                careful_sums(x + i, block, 0.0, out + i);
-                if (out[i].mean - out[i].mean == 0) careful_sums(x + i, block, out[i].mean, out + i);
-                out[i].settled = true;
-            } else {
-                out[i].settled = settled(value, square, size, one_by_n, out + i);
-                unsettled |= !out[i].settled;
-            }
-            centres[at] = float(out[i].mean);
+            centres[half * kLanes + lane] = float(out[width + place<T>(half, lane)]);
         }
     }
-    for (int i = 0; i < kStep; ++i) {
-        const Bits lowest = order[2 * kStep + i];
-        decode<T>(order[i], order[kStep + i], lowest, &out[i].minimum, &out[i].maximum, &out[i].smallest);
-        counts |= lowest == 0 || lowest < Bits(limits.near);
-        out[i].near = out[i].zero = 0;
-    }
-    if (counts) count_step(x, stride, tokens, limits, out);
-    if (!unsettled) return;
-    float again[4 * kLanes];
     centred_step(x, stride, tokens, centres, again);
     for (int half = 0; half < 2; ++half) {
         for (int lane = 0; lane < kLanes; ++lane) {
             const int i = place<T>(half, lane), at = half * kLanes + lane;
-            if (out[i].settled) continue;
-            const double value = again[at], square = again[2 * kLanes + at];
-            out[i].mean = double(centres[at]) + value / n;
-            out[i].m2 = square - value * value / n;
+            ChannelBlock found;
+            if (!in_range(known.value[at], known.square[at])) {
+                const Block block{1, tokens, 0, stride};
+                careful_sums(x + i, block, 0.0, &found);
+                if (found.mean - found.mean == 0) careful_sums(x + i, block, found.mean, &found);
+                out[5 * width + i] = found.mean_abs;
+            } else if (!settled(known.value[at], known.square[at], known.size[at], 1 / n, &found)) {
+                const double value = again[at], square = again[2 * kLanes + at];
+                found.mean = double(centres[at]) + value / n;
+                found.m2 = square - value * value / n;
+            }
+            out[width + i] = found.mean;
+            out[2 * width + i] = found.m2;
         }
     }
 }
 
-// A chunk of tokens by `steps` steps of channels, channels next to each other. sums: [steps][6][kLanes] floats, order:
-// [steps][3][kStep] integers, both scratch; out: [steps][kStep].
+// From what is known of one step of channels to the statistics of each: out is [8][width], at the first of them.
+template <class T>
+inline void finish_step(const T* x, std::int64_t stride, std::int64_t tokens, const Known<T>& known, double* out,
+                        std::int64_t width) {
+    const double n = double(tokens), one_by_n = 1 / n;
+    constexpr double huge = __builtin_huge_val();
+    float least[kStep], most[kStep];
+    double mean[kStep], m2[kStep];
+    int rare = 0;
+    extremes(known, least, most);
+    for (int at = 0; at < kStep; ++at) {
+        const double value = known.value[at], square = known.square[at];
+        mean[at] = value * one_by_n;
+        m2[at] = square - value * mean[at];
+        rare |= !(value < huge) | !(value > -huge) | !(square < huge) | (value * mean[at] > kFarFromZero * m2[at]);
+    }
+    for (int half = 0; half < 2; ++half) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int i = place<T>(half, lane), at = half * kLanes + lane;
+            out[i] = n;
+            out[width + i] = mean[at];
+            out[2 * width + i] = m2[at];
+            out[3 * width + i] = least[at];
+            out[4 * width + i] = most[at];
+            out[5 * width + i] = known.size[at] * one_by_n;
+        }
+    }
+    for (int i = 0; i < kStep; ++i) {
+        out[6 * width + i] = known.nears[i];
+        out[7 * width + i] = known.zeros[i];
+    }
+    if (rare) settle_step(x, stride, tokens, known, out, width);
+}
+
+// A chunk of tokens by `steps` steps of channels, channels next to each other; `scratch` has room for a Known per step.
+// out: [8][width].
 template <class T>
 void moments_tokens(const T* x, std::int64_t stride, std::int64_t tokens, std::int64_t steps, const Limits& limits,
-                    void* sums_scratch, void* order_scratch, ChannelBlock* out) {
-    using Bits = typename Step<T>::Bits;
-    float* sums = static_cast<float*>(sums_scratch);
-    Bits* order = static_cast<Bits*>(order_scratch);
-    const Order<T> empty = Order<T>::empty();
-    for (std::int64_t i = 0; i < steps; ++i) {
-        for (int k = 0; k < 6; ++k) store(sums + (i * 6 + k) * kLanes, zero());
-        empty.largest.write(order + i * 3 * kStep);
-        empty.highest.write(order + i * 3 * kStep + kStep);
-        empty.lowest.write(order + i * 3 * kStep + 2 * kStep);
-    }
+                    void* scratch, double* out, std::int64_t width) {
+    Known<T>* known = static_cast<Known<T>*>(scratch);
+    const Step<T> near = near_of<T>(limits);
+    for (std::int64_t i = 0; i < steps; ++i) Known<T>::begin(known + i);
     std::int64_t t = 0;
     for (; t + kTogether <= tokens; t += kTogether) {
         for (std::int64_t i = 0; i < steps; ++i) {
-            tokens_step<T, kTogether>(x + t * stride + i * kStep, stride, sums + i * 6 * kLanes, order + i * 3 * kStep);
+            tokens_step<T, kTogether>(x + t * stride + i * kStep, stride, near, known + i);
         }
     }
     for (; t < tokens; ++t) {
-        for (std::int64_t i = 0; i < steps; ++i) {
-            tokens_step<T, 1>(x + t * stride + i * kStep, stride, sums + i * 6 * kLanes, order + i * 3 * kStep);
-        }
+        for (std::int64_t i = 0; i < steps; ++i) tokens_step<T, 1>(x + t * stride + i * kStep, stride, near, known + i);
     }
     for (std::int64_t i = 0; i < steps; ++i) {
-        finish_step(x + i * kStep, stride, tokens, limits, sums + i * 6 * kLanes, order + i * 3 * kStep,
-                    out + i * kStep);
+        finish_step(x + i * kStep, stride, tokens, known[i], out + i * kStep, width);
     }
 }
 
 inline std::int64_t moments_step() { return kStep; }
+template <class T>
+inline std::int64_t moments_scratch() {
+    return sizeof(Known<T>);
+}
+
+// Moments of so many channels of two disjoint sets of values, [8][width] each: count, mean, m2, minimum, maximum, mean
+// of sizes, near and zero counts. Those of `from` are added to those of `into`. No count of `from` is 0.
+void moments_merge(const double* from, std::int64_t from_width, double* into, std::int64_t into_width,
+                   std::int64_t channels) {
+    const std::int64_t f = from_width, w = into_width;
+    for (std::int64_t d = 0; d < channels; ++d) {
+        const double n = from[d], all = into[d] + n, share_a = into[d] / all, share_b = n / all;
+        const double difference = from[f + d] - into[w + d];
+        const double least = from[3 * f + d], most = from[4 * f + d];
+        into[2 * w + d] += from[2 * f + d] + difference * difference * (n * share_a);
+        into[w + d] = into[w + d] * share_a + from[f + d] * share_b;
+        into[3 * w + d] = (least < into[3 * w + d]) | (least != least) ? least : into[3 * w + d];
+        into[4 * w + d] = (most > into[4 * w + d]) | (most != most) ? most : into[4 * w + d];
+        into[5 * w + d] = into[5 * w + d] * share_a + from[5 * f + d] * share_b;
+        into[6 * w + d] += from[6 * f + d];
+        into[7 * w + d] += from[7 * f + d];
+        into[d] = all;
+    }
+}
 
 }  // namespace

@@ -47,6 +47,8 @@ inline void widen(Float16, Ints v, Vec& a, Vec& b) {
 inline Ints count_below32(Ints n, Ints size, Ints limit) {
     return _mm512_mask_add_epi32(n, _mm512_cmplt_epu32_mask(size, limit), n, all32(1));
 }
+inline Ints plus32(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints plus16(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
 inline Ints count_below16(Ints n, Ints size, Ints limit) {
     return _mm512_mask_add_epi16(n, _mm512_cmplt_epu16_mask(size, limit), n, all16(1));
 }
@@ -95,6 +97,8 @@ inline std::uint32_t fold_min_u32(Ints a) {
     b = _mm_min_epu32(b, swap64(b));
     return std::uint32_t(_mm_cvtsi128_si32(_mm_min_epu32(b, swap32(b))));
 }
+inline Ints plus32(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints plus16(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
 // Sizes have no sign bit, and the limits none either: signed comparison is right.
 inline Ints count_below32(Ints n, Ints size, Ints limit) {
     return _mm256_sub_epi32(n, _mm256_cmpgt_epi32(limit, size));
@@ -143,6 +147,8 @@ inline void widen(T, Ints v, Vec& a, Vec& b) {
     a = to_float(T{std::uint16_t(v & 0xffffu)});
     b = to_float(T{std::uint16_t(v >> 16)});
 }
+inline Ints plus32(Ints a, Ints b) { return a + b; }
+inline Ints plus16(Ints a, Ints b) { return ((a + b) & 0xffffu) | ((a >> 16) + (b >> 16)) << 16; }
 inline Ints count_below32(Ints n, Ints size, Ints limit) { return n + (size < limit); }
 inline Ints count_below16(Ints n, Ints size, Ints limit) {
     return n + Ints((size & 0xffffu) < (limit & 0xffffu)) + (Ints((size >> 16) < (limit >> 16)) << 16);
@@ -174,6 +180,7 @@ struct Step {
     Step highest(Step b) const { return {max_u16(v, b.v)}; }
     Step lowest(Step b) const { return {min_u16(v, b.v)}; }
     Step count(Step size, Step limit) const { return {count_below16(v, size.v, limit.v)}; }
+    Step plus(Step b) const { return {plus16(v, b.v)}; }
     void floats(Vec& a, Vec& b) const { widen(T{}, v, a, b); }
     Bits fold_largest() const { return fold_max_s16(v); }
     Bits fold_highest() const { return fold_max_u16(v); }
@@ -196,6 +203,7 @@ struct Step<float> {
     Step count(Step size, Step limit) const {
         return {count_below32(v, size.v, limit.v), count_below32(w, size.w, limit.w)};
     }
+    Step plus(Step b) const { return {plus32(v, b.v), plus32(w, b.w)}; }
     void floats(Vec& a, Vec& b) const {
         a = as_floats(v);
         b = as_floats(w);
