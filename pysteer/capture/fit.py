@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pysteer.capture.fitted import Fitted, stack_fits
-from pysteer.capture.generation import Generate, default_generate
+from pysteer.capture.generation import Generate, default_generate, run_steps
 from pysteer.capture.groups import Groups, align_tokens
 from pysteer.capture.lockstep import Arrival, in_lockstep
 from pysteer.capture.recorder import Recorder
@@ -34,6 +34,7 @@ def fit(
     sites: str | Iterable[str],
     steps: Iterable[int] | None = None,
     sequential: bool = False,
+    shared: bool = False,
     seeds: int | Sequence[int] = 0,
     negatives: Sequence[str] | None = None,
     paired: bool = True,
@@ -68,6 +69,7 @@ def fit(
         sites: names; "ca_block" stands for all layers. Text and visual sites may be mixed.
         steps: visual steps, None for all. Text sites and `pooled` have step 0 only.
         sequential: fit every site with the earlier ones steered.
+        shared: fit one set of parameters per site, from all the steps together; it then serves every step.
         seeds: noise seed of the first prompt, counting up, or one seed per source prompt (and then per target prompt,
             when not paired).
         negatives: prompts of other classes, whose activations should stay as they are (methods that can).
@@ -98,21 +100,21 @@ def fit(
         raise InputError("batch_size", value=batch_size, allowed="a whole number above 0")
     if isinstance(positions, Tensor):
         raise InputError("positions to fit", value="a mask", allowed='"all", "last" or a slice')
+    if shared and sequential:
+        raise InputError("sequential", value="with shared", allowed="one of the two")
     family = find_family(pipe)
     chosen = choose_sites(family, pipe, sites)
-    visual_steps = _checked_steps(
-        steps, max((family.steps(pipe, s.part) for s in chosen if s.part != "text"), default=1)
-    )
+    visual_steps = _checked_steps(steps, run_steps(family, pipe, chosen, settings or {}))
     prompts = _PromptSets.make(source_prompts, target_prompts, negatives, seeds, paired)
     if control == "shuffled":
         prompts = prompts.shuffled(fit_seed)
     if generate is None:
         generate = default_generate(pipe, chosen, settings or {})
-    work = _Work(pipe, method, chosen, visual_steps, prompts, rows, positions, fit_seed, generate, progress)
+    work = _Work(pipe, method, chosen, visual_steps, prompts, rows, positions, fit_seed, generate, progress, shared)
     fits = work.sequential(batch_size) if sequential else work.at_once(batch_size)
     parts = {site.name: site.part for site in chosen}
     parameters = [
-        stack_fits(name, method.op, by_step, lasting=family.lasting(pipe, parts[name]))
+        stack_fits(name, method.op, by_step, lasting=shared or family.lasting(pipe, parts[name]))
         for name, by_step in fits.items()
     ]
     meta = {
@@ -121,6 +123,7 @@ def fit(
         "rows": rows,
         "positions": [positions.start, positions.stop] if isinstance(positions, slice) else positions,
         "sequential": sequential,
+        "shared": shared,
         "paired": prompts.groups.paired,
         "control": control,
         "source_prompts": prompts.groups.source,
@@ -208,19 +211,22 @@ class _Work:
         seed: int,
         generate: Generate,
         progress: Progress | None,
+        shared: bool,
     ) -> None:
         self.pipe, self.method, self.sites, self.rows, self.seed = pipe, method, sites, rows, seed
         self.positions = positions
         texts = any(site.part == "text" for site in sites) and positions == "all"
         self.prompts = prompts.aligned(pipe) if texts else prompts
         self.generate, self.progress = generate, progress
-        self.wanted = {s.name: (0,) if s.part == "text" or s.layout == "rows" else steps for s in sites}
+        family = find_family(pipe)
+        self.steps = {site.name: (0,) if family.once(pipe, site) else steps for site in sites}
+        self.wanted = {name: own[-1:] if shared else own for name, own in self.steps.items()}  # at which it is fitted
         self.total = sum(len(steps) for steps in self.wanted.values())
         self.fits: dict[str, dict[int, SiteFit]] = {}
 
     def at_once(self, batch_size: int) -> dict[str, dict[int, SiteFit]]:
         """Fit everything from one unsteered pass over all prompts."""
-        every = {step for steps in self.wanted.values() for step in steps}
+        every = {step for steps in self.steps.values() for step in steps}
         names, pool = [site.name for site in self.sites], "mean" if self.method.pooled else "tokens"
         with Recorder(self.pipe, names, steps=every, positions=self.positions, pool=pool) as recorder:
             for start in range(0, len(self.prompts.prompts), batch_size):
@@ -229,7 +235,10 @@ class _Work:
         for name, step in recorder.recorded():
             if step in self.wanted[name]:
                 x, lengths = recorder.get(name, step), recorder.lengths(name, step)
-                self._fit(recorder.sites[name], step, x, None if bool((lengths == x.shape[1]).all()) else lengths)
+                whole = bool((lengths == x.shape[1]).all())
+                together = self.steps[name] if len(self.wanted[name]) == 1 else ()  # of all the steps, where they share
+                x = torch.cat([recorder.get(name, each) for each in together], dim=1) if len(together) > 1 else x
+                self._fit(recorder.sites[name], step, x, None if whole else lengths)
         return self._finished()
 
     def sequential(self, batch_size: int) -> dict[str, dict[int, SiteFit]]:

@@ -50,7 +50,9 @@ class Recorder:
         check_choice("rows to record", rows, ("cond", "uncond", "all"))
         check_choice("pool", pool, tuple(POOLS))
         self._obj, self._rows, self._positions, self._pool = obj, rows, check_positions(positions), pool
-        self.sites = {site.name: site for site in choose_sites(find_family(obj), obj, sites)}
+        family = find_family(obj)
+        self.sites = {site.name: site for site in choose_sites(family, obj, sites)}
+        self._once = {name for name, site in self.sites.items() if family.once(obj, site)}
         self.steps = None if steps is None else frozenset(steps)
         self._kept: dict[tuple[str, int], list[Tensor]] = {}
         self._lengths: dict[tuple[str, int], list[Tensor]] = {}
@@ -68,8 +70,7 @@ class Recorder:
 
     def _see(self, site: Site, step: int, x: Tensor, rows: PartRows) -> Tensor:
         wanted = {"cond": rows.cond_rows, "uncond": rows.uncond_rows, "all": slice(None)}[self._rows]
-        once = site.part == "text" or site.layout == "rows"
-        if (once or self.steps is None or step in self.steps) and len(x[wanted]):
+        if (site.name in self._once or self.steps is None or step in self.steps) and len(x[wanted]):
             known = rows.lengths if site.layout == "tokens" else None
             tokens = as_tokens(x.detach() if known is None else rows.valid_first(x.detach()), site.layout)[
                 wanted
