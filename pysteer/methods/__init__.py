@@ -13,10 +13,12 @@ from pysteer.methods.gaussian_transport import GaussianTransport
 from pysteer.methods.linear_act import LinearAcT
 from pysteer.methods.linear_transport import LinearTransport
 from pysteer.methods.mean_difference import MeanDifference
+from pysteer.methods.mlp_transport import MLPTransport
 from pysteer.methods.norm_preserving import NormPreserving
 from pysteer.methods.prototype import Prototype
 from pysteer.methods.random_direction import random_direction
 from pysteer.methods.row_gate import RowGate
+from pysteer.methods.sae_steering import SAESteering
 from pysteer.methods.statistics import BayesPrecision
 from pysteer.methods.vector_steering import VectorSteering
 
@@ -34,11 +36,13 @@ __all__ = [
     "GaussianTransport",
     "LinearAcT",
     "LinearTransport",
+    "MLPTransport",
     "MeanDifference",
     "Method",
     "NormPreserving",
     "Prototype",
     "RowGate",
+    "SAESteering",
     "SiteFit",
     "VectorSteering",
     "create",

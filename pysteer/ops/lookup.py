@@ -1,5 +1,6 @@
 """Reading the steering table in plain torch, as every reference does it."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -27,8 +28,7 @@ def active_tokens(x: Tensor, which: Tensor, strength: Tensor, span: Tensor | Non
         return active if span is None else active & along((span[: len(x), 0] <= 0) & (span[: len(x), 1] > 0), x, -1)
     shape = list(x.shape)
     shape[channel_dim] = 1
-    tokens = x.numel() // max(x.shape[0] * x.shape[channel_dim], 1)
-    position = torch.arange(tokens, device=x.device).reshape([1, *shape[1:]])
+    position = torch.arange(math.prod(shape[1:]), device=x.device).reshape([1, *shape[1:]])
     start, end = (along(edge, x, channel_dim) for edge in span[: x.shape[0]].unbind(1))
     return active & (position >= start) & (position < end)
 

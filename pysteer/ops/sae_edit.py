@@ -29,8 +29,8 @@ _MOST_EDITS = 16  # of the Triton kernels
 _CHUNK = 1024  # latents that plain torch ranks at a time
 
 
-class _Arguments(NamedTuple):
-    """All arguments but `x`, in the order of the schema."""
+class EditArguments(NamedTuple):
+    """All arguments of `sae_edit` but `x`, in the order of the schema."""
 
     encoder: Tensor
     encoder_bias: Tensor
@@ -74,7 +74,7 @@ def _rank(tokens: Tensor, score: Tensor, full_encoder: Tensor, full_bias: Tensor
     return before
 
 
-def _gates(tokens: Tensor, score: Tensor, which: Tensor, given: _Arguments) -> Tensor | None:
+def _gates(tokens: Tensor, score: Tensor, which: Tensor, given: EditArguments) -> Tensor | None:
     """Return which gates [R, L, E] are open, None for all."""
     if given.gate == "none":
         return None
@@ -91,7 +91,7 @@ def _gates(tokens: Tensor, score: Tensor, which: Tensor, given: _Arguments) -> T
     return is_open
 
 
-def _score(x: Tensor, given: _Arguments) -> _Scored:
+def _score(x: Tensor, given: EditArguments) -> _Scored:
     which, s = look_up(given.slot, given.strength, given.clock, x.shape[0])
     tokens = _tokens_of(x, given.channel_dim)
     high = tokens.dtype
@@ -108,7 +108,7 @@ def _tokens_of(x: Tensor, channel_dim: int) -> Tensor:
 
 
 def _add_directions(
-    x: Tensor, tokens: Tensor, scored: _Scored, weights: Tensor, bank: Tensor, touched: Tensor, given: _Arguments
+    x: Tensor, tokens: Tensor, scored: _Scored, weights: Tensor, bank: Tensor, touched: Tensor, given: EditArguments
 ) -> Tensor:
     """Return x + sum_e weights_e bank_e for the tokens that are touched; `tokens` is `_tokens_of` x."""
     dim, shape = given.channel_dim, x.movedim(given.channel_dim, -1).shape
@@ -119,7 +119,7 @@ def _add_directions(
     return laid_out_like(torch.where(active, y.reshape(shape).movedim(-1, dim).to(x.dtype), x), x)
 
 
-def _in_plain_torch(x: Tensor, given: _Arguments) -> Tensor:
+def _in_plain_torch(x: Tensor, given: EditArguments) -> Tensor:
     scored = _score(x, given)
     latents = scored.score if given.gate == "none" else scored.score.relu()
     add = given.add.index_select(0, scored.which).to(latents.dtype).unsqueeze(1)
@@ -132,7 +132,7 @@ def _in_plain_torch(x: Tensor, given: _Arguments) -> Tensor:
     return _add_directions(x, scored.tokens, scored, change, given.decoder, touched.any(-1), given)
 
 
-def _gradient_in_plain_torch(gradient: Tensor, x: Tensor, given: _Arguments) -> Tensor:
+def _gradient_in_plain_torch(gradient: Tensor, x: Tensor, given: EditArguments) -> Tensor:
     scored = _score(x, given)
     factor = (scored.strength * (scored.scale - 1)).expand(scored.score.shape)
     if scored.is_open is not None:
@@ -167,21 +167,21 @@ def sae_edit_reference(
     """Return what `sae_edit` computes, in plain torch; fp64 `x` is computed in fp64."""
     return _in_plain_torch(
         x,
-        _Arguments(
+        EditArguments(
             encoder, encoder_bias, decoder, scale, add, slot, strength, clock, span,
             level, full_encoder, full_bias, latent, gate, k, channel_dim,
         ),
     )  # fmt: skip
 
 
-def _choose(x: Tensor, out: Tensor, given: _Arguments) -> Launch:
+def _choose(x: Tensor, out: Tensor, given: EditArguments) -> Launch:
     if given.full_encoder is not None and (given.full_encoder.dtype not in DTYPE_CODES or not len(given.full_encoder)):
         return Launch("reference")
     few = given.encoder.shape[1] <= _MOST_EDITS
     return choose("sae_edit", x, out, given.channel_dim, lambda name: few or name != "triton")
 
 
-def _run(out: Tensor, x: Tensor, given: _Arguments, gradient: Tensor | None = None) -> Tensor:
+def _run(out: Tensor, x: Tensor, given: EditArguments, gradient: Tensor | None = None) -> Tensor:
     """Write the result, or the gradient in `x` where `gradient` is given, which lies in memory as `x` does."""
     launch = _choose(x, out, given)
     if launch.backend == "reference":
@@ -207,11 +207,11 @@ def _run(out: Tensor, x: Tensor, given: _Arguments, gradient: Tensor | None = No
 
 
 def _forward(x: Tensor, *arguments: Any) -> Tensor:
-    return _run(torch.empty_like(x), x, _Arguments(*arguments))
+    return _run(torch.empty_like(x), x, EditArguments(*arguments))
 
 
 def _backward_forward(gradient: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-    return _run(torch.empty_like(x), x, _Arguments(*arguments), laid_out_like(gradient, x))
+    return _run(torch.empty_like(x), x, EditArguments(*arguments), laid_out_like(gradient, x))
 
 
 _in_x, _ = declare(
@@ -224,14 +224,14 @@ _in_x, _ = declare(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *rest = inputs
-    given = _Arguments(*rest)
+    given = EditArguments(*rest)
     ctx.options = given[-3:]
     ctx.save_for_backward(None if given.gate == "none" else x, *given[:-3])
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, *tensors = ctx.saved_tensors
-    given = _Arguments(*tensors, *ctx.options)
+    given = EditArguments(*tensors, *ctx.options)
     x = gradient if x is None else x  # without gates the values of x do not matter
     again = torch.is_grad_enabled()  # somebody differentiates the gradient, which plain torch can
     result = _gradient_in_plain_torch(gradient, x, given) if again else _in_x(gradient, x, *given)
@@ -249,7 +249,8 @@ def _say(tensor: Tensor | None) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
-def _check_gate(x: Tensor, width: int, given: _Arguments) -> None:
+def check_gate(x: Tensor, width: int, given: EditArguments) -> None:
+    """Raise an InputError unless what the gate needs is there and fits."""
     gate, device = given.gate, x.device
     if gate not in GATES:
         raise InputError("gate", value=gate, allowed=", ".join(GATES))
@@ -357,15 +358,15 @@ def sae_edit(
         add=(add, places),
     )  # fmt: skip
     check_table(x, slot, strength, clock, span)
-    given = _Arguments(
+    given = EditArguments(
         encoder, encoder_bias, decoder, scale, add, slot, strength, clock, span,
         level, full_encoder, full_bias, latent, gate, k, channel_dim,
     )  # fmt: skip
-    _check_gate(x, width, given)
+    check_gate(x, width, given)
     return _dispatch(x, out, given)
 
 
-def _dispatch(x: Tensor, out: Tensor | None, given: _Arguments) -> Tensor:
+def _dispatch(x: Tensor, out: Tensor | None, given: EditArguments) -> Tensor:
     compiling = torch.compiler.is_compiling()
     if (compiling and not backends.choices(x.device.type)) or plain_torch_needed(
         given.encoder, given.encoder_bias, given.decoder, given.scale, given.add, given.strength
@@ -417,10 +418,10 @@ def _make_inputs(case: Case) -> dict[str, Any]:
     return {"x": x, **banks, **tables(case, sets), "channel_dim": channel_dim, **case.options}
 
 
-def _arguments(inputs: dict[str, Any]) -> _Arguments:
+def _arguments(inputs: dict[str, Any]) -> EditArguments:
     defaults: dict[str, Any] = {**SPEC.defaults, "channel_dim": -1}
-    found: dict[str, Any] = {name: inputs.get(name, defaults.get(name)) for name in _Arguments._fields}
-    return _Arguments(**found)
+    found: dict[str, Any] = {name: inputs.get(name, defaults.get(name)) for name in EditArguments._fields}
+    return EditArguments(**found)
 
 
 def _implementation(x: Tensor, out: Tensor | None = None, **inputs: Any) -> str:

@@ -2,7 +2,7 @@
 
 from pysteer.steering.attach import Applier, Attachment, attach
 from pysteer.steering.bake import bake, bake_lora
-from pysteer.steering.given import channels, vector
+from pysteer.steering.given import channels, latents, vector
 from pysteer.steering.handle import Handle, SiteReport, steer
 from pysteer.steering.plan import Plan, PlanEntry, SiteParameters
 from pysteer.steering.site import Site
@@ -22,6 +22,7 @@ __all__ = [
     "bake",
     "bake_lora",
     "channels",
+    "latents",
     "steer",
     "vector",
 ]

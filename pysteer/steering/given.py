@@ -1,6 +1,7 @@
-"""Parameters that somebody has rather than fits: a vector, a few channels."""
+"""Parameters that somebody has rather than fits: a vector, a few channels, latents of a sparse autoencoder."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from pysteer.errors import InputError
 from pysteer.methods.base import SiteFit
 from pysteer.methods.channel_steering import ChannelSteering
+from pysteer.methods.sae_steering import SAESteering
 from pysteer.methods.vector_steering import VectorSteering
 from pysteer.steering.plan import SiteParameters
 
@@ -61,8 +63,36 @@ def channels(
     return _of_fits(site, method.op, [method.given(width)], steps)
 
 
+def latents(
+    site: str,
+    sae: Any,
+    latents: int | Sequence[int],
+    values: float | Sequence[float] = 1.0,
+    *,
+    mode: str = "add",
+    error: str = "keep",
+    steps: Sequence[int] | None = None,
+) -> SiteParameters:
+    """Edit chosen latents of a sparse autoencoder at a site.
+
+    Args:
+        site: name of the site, whose activations the autoencoder was trained on.
+        sae: a `SparseAutoencoder`, or the folder of one.
+        latents: which.
+        values: one for all latents or one for each.
+        mode: "add", "multiply", "set" or "ablate", see `pysteer.methods.SAESteering`.
+        error: "keep", "drop" or "saeuron", see there.
+        steps: steps at which it is applied; None for all.
+    """
+    chosen = (latents,) if isinstance(latents, int) else tuple(latents)
+    given = (values,) if isinstance(values, (int, float)) else tuple(values)
+    method = SAESteering(sae=sae, latents=chosen, values=given, mode=mode, error=error)
+    return _of_fits(site, method.op, [method.given()], steps)
+
+
 def _of_fits(site: str, op: str, fits: list[SiteFit], steps: Sequence[int] | None) -> SiteParameters:
     """One fit for every step, or one for all of them."""
     sets = fits if steps is None or len(fits) == len(steps) else fits * len(steps)
     tensors = {name: torch.stack([fit.tensors[name] for fit in sets]) for name in fits[0].tensors}
-    return SiteParameters(site, op, None if steps is None else tuple(steps), tensors, dict(fits[0].options))
+    own, options, shared = None if steps is None else tuple(steps), fits[0].options, fits[0].shared
+    return SiteParameters(site, op, own, tensors, dict(options), dict(shared))
