@@ -4,6 +4,7 @@ Attributes load on first use, so `import pysteer` needs neither a GPU, nor Trito
 
     steer      context manager that applies a plan to a model or a pipeline
     bake       fold a plan into the weights of a plain copy of the model
+    bake_lora  the same as a LoRA
     Plan       what to change, where, when and how strongly
     backend    choose which kernels run ("reference", "cpu", "triton", "cuda")
     fit        fit a method at a list of sites
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
     from pysteer.errors import InputError, PysteerError
     from pysteer.methods import Method
     from pysteer.ops import backend
-    from pysteer.steering import Plan, Site, SiteParameters, bake, steer
+    from pysteer.steering import Plan, Site, SiteParameters, steer
+    from pysteer.steering.bake import bake, bake_lora
 
 __version__ = "0.1.0"
 
 _ATTRIBUTES = {
     "steer": "pysteer.steering",
     "bake": "pysteer.steering",
+    "bake_lora": "pysteer.steering",
     "Plan": "pysteer.steering",
     "Site": "pysteer.steering",
     "SiteParameters": "pysteer.steering",
@@ -66,6 +69,7 @@ __all__ = [
     "__version__",
     "backend",
     "bake",
+    "bake_lora",
     "fit",
     "steer",
     "zoo",

@@ -10,11 +10,8 @@ import json
 import os
 import pickle
 import re
-import secrets
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -258,7 +255,7 @@ def convert_transformer(
         InputError: unreadable, foreign or damaged weights, or `out` is taken.
     """
     where = str(source)
-    with _new_folder(out) as folder:
+    with files.new_folder(out) as folder:
         state = transformer_state(load_weights(source), ema=ema, where=where)
         config = transformer_config(state, pn=pn, h_div_w=h_div_w, patchify=patchify)
         tensors, parameters = _checked(state, lambda: Infinity(config), f"Infinity transformer {where}", dtype)
@@ -313,7 +310,7 @@ def convert_vae(
         InputError: unreadable, foreign or damaged weights, or `out` is taken.
     """
     where = str(source)
-    with _new_folder(out) as folder:
+    with files.new_folder(out) as folder:
         state = vae_state(load_weights(source), ema=ema, where=where)
         config = vae_config(state)
         tensors, parameters = _checked(state, lambda: InfinityVAE(config), f"image tokenizer {where}", dtype)
@@ -324,22 +321,6 @@ def convert_vae(
 
 
 # ---------------------------------------------------------------------------------------------------- whole pipeline
-
-
-@contextmanager
-def _new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` when the block ends without an error."""
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError("output folder is taken", value=str(target), allowed="a new folder", fix="choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_text_encoder(source: str | os.PathLike[str], folder: Path) -> int:
@@ -379,7 +360,7 @@ def convert_pipeline(
     Raises:
         InputError: a part is damaged, or the parts do not belong together.
     """
-    with _new_folder(out) as folder:
+    with files.new_folder(out) as folder:
         made = convert_transformer(transformer, folder / "transformer", **options)
         tokenizer = convert_vae(vae, folder / "tokenizer", dtype=options.get("dtype", "keep"))
         per_code = 4 if made.config["patchify"] else 1

@@ -1,0 +1,1 @@
+"""Folding affine maps into weights."""
