@@ -34,6 +34,8 @@ def run_methods(config: MethodsConfig, run: Run) -> Summary:
     pipe = load_model(config.generator)
     if device.type != "cpu":
         pipe.to(device)
+    if hasattr(pipe, "pipe"):  # diffusers; the run has a bar of its own
+        pipe.pipe.set_progress_bar_config(disable=True)
     painter, judge = Painter(pipe, config.drawn, config.settings), ShapesJudge(load_classifier("shapes"))
     identity = [config.generator, weights_mark(pipe), device.type]
     trials = []
