@@ -124,7 +124,7 @@ class Prototype(Method):
         classes = self._source_classes(source, target, others, paired, seed)
         if self.weight != "one":
             centres, labels = kmeans(target, self.clusters, seed, self.iterations)
-            classes = _join(classes, _Classes(centres, torch.zeros_like(centres), target - centres[labels]))
+            classes = _join(classes, _Classes(centres, torch.zeros_like(centres), _residuals(target, centres, labels)))
         weight, offset = self._scores(classes.centres, self._precision(classes.residuals))
         tensors = {"weight": weight, "offset": offset, "delta": classes.shifts}
         return SiteFit(_pad(tensors, self.clusters * classes.groups), self._options())
@@ -135,7 +135,7 @@ class Prototype(Method):
         join = others is not None and self.negatives == "join"
         tokens = torch.cat((source, others)) if join and others is not None else source
         centres, labels = kmeans(tokens, self.clusters, seed, self.iterations)
-        residuals = tokens - centres[labels]
+        residuals = _residuals(tokens, centres, labels)
         if self.distance == "mahalanobis":  # shifts belong to the tokens the op will send to the prototype
             weight, offset = self._scores(centres, self._precision(residuals))
             labels = (tokens @ weight.T + offset).argmax(1)
@@ -143,7 +143,7 @@ class Prototype(Method):
         classes = _Classes(centres, shifts, residuals)
         if others is not None and not join:
             own, own_labels = kmeans(others, self.clusters, seed, self.iterations)
-            classes = _join(classes, _Classes(own, torch.zeros_like(own), others - own[own_labels]))
+            classes = _join(classes, _Classes(own, torch.zeros_like(own), _residuals(others, own, own_labels)))
         return classes
 
     def _shifts(self, source: Tensor, target: Tensor, labels: Tensor, clusters: int, paired: bool, seed: int) -> Tensor:
@@ -171,7 +171,8 @@ class Prototype(Method):
         """Parameters of the directions `toward` and `grad`, which aim at points."""
         own, own_labels = kmeans(source, self.clusters, seed, self.iterations)
         centres, labels = kmeans(target, self.clusters, seed, self.iterations)
-        precision = self._precision(torch.cat((source - own[own_labels], target - centres[labels])))
+        both = (_residuals(source, own, own_labels), _residuals(target, centres, labels))
+        precision = self._precision(torch.cat(both))
         aims = centres if self.direction == "toward" else target.mean(0).expand_as(centres)
         if self.op == "prototype_shift":
             weight, offset = self._scores(centres, precision)
@@ -203,6 +204,12 @@ class Prototype(Method):
         weight = relative if precision is None else precision.apply(relative)
         offset = -(weight @ middle) - (weight * relative).sum(1) / 2
         return weight.float(), offset.float()
+
+
+def _residuals(tokens: Tensor, centres: Tensor, labels: Tensor) -> Tensor:
+    """Tokens `[n, D]` minus their centres; what is only rounding is 0, or its precision would be huge."""
+    found = tokens - centres[labels]
+    return torch.where(found.abs() <= 8 * torch.finfo(found.dtype).eps * tokens.abs().amax(0), 0, found)
 
 
 def _pad(tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
