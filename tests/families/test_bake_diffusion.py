@@ -289,3 +289,7 @@ def test_what_diffusers_refuses_is_named() -> None:
     unknown.set_attn_processor(type("Foreign", (df.models.attention_processor.AttnProcessor2_0,), {})())
     with pytest.raises(InputError, match=r"attn.0 cannot be folded.*does not end in one linear layer"):
         pysteer.bake(unknown, Plan.build([parameters("affine", "attn.0", 32)], rows="both"))
+    fused = tiny.flux()
+    fused.fuse_qkv_projections()
+    with pytest.raises(InputError, match=r"to_q cannot be folded.*unfuse"):
+        pysteer.bake(fused, Plan.build([parameters("affine", "transformer_blocks.0.attn.to_q", 32)], rows="both"))

@@ -60,6 +60,9 @@ class Places:
 
     def _edits(self, site: Site, module: nn.Module, change: AffineMap) -> list[Edit]:
         element = site.element if isinstance(site.element, int) else 0
+        owner = self.root.get_submodule(site.path.rpartition(".")[0])
+        if getattr(owner, "fused_projections", False) and site.path.endswith(tables.BYPASSED):
+            raise refusal(site.name, "a projection that is bypassed by a fused one", "unfuse the projections first")
         if element == 0 and is_linear(module):
             return [Edit(site.name, site.path, change)]
         if element == 0 and plain_class(module) is nn.Embedding and not self.lora:

@@ -66,6 +66,9 @@ _PROCESSORS = (  # of attention, that end in to_out[0], and to_add_out for a sec
 # ... and that then add a residual and divide, where the attention says so.
 _PLAIN_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
 
+# Projections that attention does not call any more once they are fused.
+BYPASSED = (".to_q", ".to_k", ".to_v", ".add_q_proj", ".add_k_proj", ".add_v_proj")
+
 _Q, _K, _V = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
 _READERS: dict[str, dict[str, tuple[str, ...]]] = {  # the linear layers that read a module, and nothing else does
     "BasicTransformerBlock": {
