@@ -273,7 +273,11 @@ class DiffusersFamily(Family):
     def connect(self, obj: Any, on_rows: OnRows) -> Callable[[], None]:
         hub = self.hub(obj)
         if not hub.listeners:
-            hub.watch(pipeline_of(obj), self.parts(obj))
+            try:
+                hub.watch(pipeline_of(obj), self.parts(obj))
+            except BaseException:
+                hub.leave()
+                raise
         hub.listeners.append(on_rows)
 
         def disconnect() -> None:
