@@ -46,11 +46,11 @@ def plan_for(sites: list[str], seed: int = 0) -> Plan:
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("sd", "wrapped"),
+        pytest.param("sd", "wrapped", marks=pytest.mark.slow),
         ("sd", "in place later"),
         ("flux", "repeated blocks"),
         pytest.param("sd", "repeated blocks", marks=pytest.mark.slow),
-        pytest.param("flux", "wrapped later", marks=pytest.mark.slow),
+        ("flux", "wrapped later"),
         pytest.param("flux", "in place", marks=pytest.mark.slow),
     ],
 )
@@ -96,6 +96,7 @@ def test_fifty_changes_without_a_new_graph(how: str, name: str) -> None:
         assert torch.equal(generate(pipe, **settings), plain)
 
 
+@pytest.mark.slow
 def test_roles_and_steps_in_a_compiled_pipeline() -> None:
     pipe, eager = stable_diffusion(), stable_diffusion()
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="aot_eager")
