@@ -37,8 +37,7 @@ def table(result: dict[str, Any]) -> str:
         f"`{result['generator']}`: {prompts} fresh prompts per setting, the same noise in every setting, Wilson 95 % "
         f"intervals; the attribute that is kept worst is named; in bold: at least {100 * result['reach']:.0f} % with "
         f"every other attribute at {100 * result['keep']:.0f} % of unsteered or more. {result['images']['generated']} "
-        f"images in {result['images']['seconds']:.0f} s on {where['processor']}, {where['threads']} threads, torch "
-        f"{result['versions']['torch']}, {result['date'][:10]}."
+        f"images on {where['processor']}, torch {result['versions']['torch']}, {result['date'][:10]}."
     )
     return "\n".join(lines)
 
