@@ -115,9 +115,7 @@ class _Patching:
         self, pipe: Any, source: list[str], target: list[str], seeds: list[int], run: Callable[..., Any], score: Score
     ) -> None:
         self.pipe, self.source, self.target, self.seeds, self.run, self.rate = pipe, source, target, seeds, run, score
-        family = find_family(pipe)
-        parts = {site.part for site in family.sites(pipe).values()}
-        self.single = {part for part in parts if family.steps(pipe, part) == 1}
+        self.family = find_family(pipe)
         self.pairs: list[tuple[list[int], list[int]]] | None = None
         if hasattr(pipe, "token_ids"):
             ids = pipe.token_ids([*source, *target])
@@ -135,7 +133,7 @@ class _Patching:
         members = {name: [i for i in range(groups) if name in {s.name for s in sites[i]}] for name in every}
 
         def see(site: Site, step: int, x: Tensor, rows: PartRows) -> Tensor:
-            once = site.layout == "rows" or site.part in self.single
+            once = self.family.once(self.pipe, site)
             chosen = [i for i in members[site.name] if once or step in (places[i].steps or (step,))]
             return self._patched(site, x, rows, chosen, groups) if chosen else x
 

@@ -35,7 +35,6 @@ class _Request:
     seeds: Sequence[int]
     sites: Sequence[Site]
     steps: frozenset[int] | None
-    single: frozenset[str]  # parts with one step, which `steps` is not about
     lasting: frozenset[str]  # sites where what is fitted at step 0 serves all steps
     pool: str
     rows: str
@@ -46,10 +45,11 @@ class _Request:
     def run(self, first: int, take: Callable[[Site, int, Tensor, Tensor | None], None], done: Progress) -> None:
         """Run the prompts from `first` on; `take(site, step, x [R, L, D], lengths)` sees what is wanted of a batch."""
 
+        family = find_family(self.pipe)
+
         def see(site: Site, step: int, x: Tensor, rows: PartRows) -> Tensor:
             wanted = {"cond": rows.cond_rows, "uncond": rows.uncond_rows}[self.rows]
-            once = site.layout == "rows" or site.part in self.single
-            if (once or self.steps is None or step in self.steps) and len(x[wanted]):
+            if (family.once(self.pipe, site) or self.steps is None or step in self.steps) and len(x[wanted]):
                 known = rows.lengths if site.layout == "tokens" else None
                 tokens = as_tokens(x.detach() if known is None else rows.valid_first(x.detach()), site.layout)[wanted]
                 take(site, step, tokens, None if known is None else known[wanted])
@@ -87,14 +87,11 @@ def _request(
         raise InputError("seeds", value=len(numbers), allowed=f"one number, or {len(prompts)} of them")
     family = find_family(pipe)
     chosen = choose_sites(family, pipe, sites)
-    single = frozenset(part for part in {site.part for site in chosen} if family.steps(pipe, part) == 1)
     lasting = frozenset(site.name for site in chosen if family.lasting(pipe, site.part))
     if generate is None:
         generate = default_generate(pipe, chosen, settings or {})
     wanted = None if steps is None else frozenset(steps)
-    return _Request(
-        pipe, prompts, numbers, chosen, wanted, single, lasting, pool, rows, positions, batch_size, generate
-    )
+    return _Request(pipe, prompts, numbers, chosen, wanted, lasting, pool, rows, positions, batch_size, generate)
 
 
 def capture(
