@@ -5,10 +5,12 @@ function, not for the module of the same name. Type checkers prefer `from pystee
 """
 
 from pysteer.ops.backends import BackendStatus, backend, backend_status
+from pysteer.ops.prepared import Prepared, prepare
 from pysteer.ops.registry import Case, OpSpec, SteeringSpec, get, specs, steering_specs
 
 globals().update({spec.name: spec.function for spec in specs().values()})
 
 __all__ = [
-    "BackendStatus", "Case", "OpSpec", "SteeringSpec", "backend", "backend_status", "get", "specs", "steering_specs",
+    "BackendStatus", "Case", "OpSpec", "Prepared", "SteeringSpec", "backend", "backend_status", "get", "prepare",
+    "specs", "steering_specs",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, dispatch, plain_torch_needed, refuse_out
-from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
+from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, run_compiled, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, laid_out_like, look_up, means_of_rows
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
@@ -86,8 +86,8 @@ def _run(
     tensors = packed(gain, bias, slot, strength, clock, span, low, high)
     sizes = (*launch.shape, gain.shape[0], *slot.shape, DTYPE_CODES[x.dtype])
     if launch.backend == "cpu":
-        arguments = (*addresses(x, out, *tensors), *sizes, of_mean, torch.get_num_threads())
-        if status := backends.extension().affine_shift(*arguments):
+        status = run_compiled("affine_shift", (x, out, *tensors), *sizes, of_mean, torch.get_num_threads())
+        if status:
             raise_for(status, slot, clock, gain.shape[0])
         return out
     with on_device(x):

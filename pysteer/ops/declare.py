@@ -81,7 +81,7 @@ def dispatch(
 
 
 @torch.compiler.assume_constant_result
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a function of torch.func or forward mode is at work; asked for real, as a traced answer is always yes."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
@@ -91,7 +91,7 @@ def plain_torch_needed(*parameters: Tensor) -> bool:
 
     That is: in the parameters of the op, with functions of torch.func (vmap included), or in forward mode.
     """
-    if _transformed():
+    if transformed():
         return True
     if torch.is_grad_enabled():
         for parameter in parameters:

@@ -1,8 +1,9 @@
 """From tensors to kernel calls: which backend, in which memory order, and what the compiled kernels report back."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +67,44 @@ def packed(*tensors: Tensor | None) -> list[Tensor | None]:
 def addresses(*tensors: Tensor | None) -> list[int]:
     """Return where the tensors lie, 0 for None; the caller keeps them alive."""
     return [0 if each is None else each.data_ptr() for each in tensors]
+
+
+class Call(NamedTuple):
+    """A call of a compiled kernel on the CPU: the tensors whose addresses come first in its arguments."""
+
+    kernel: Callable[..., int]
+    tensors: tuple[Tensor | None, ...]
+    arguments: tuple[Any, ...]
+
+
+_notes = threading.local()
+
+
+@contextmanager
+def noted_calls() -> Iterator[list[Call]]:
+    """Note the calls that `run_compiled` makes in this thread, so that they can be made again."""
+    before, _notes.calls = getattr(_notes, "calls", None), []
+    try:
+        yield _notes.calls
+    finally:
+        _notes.calls = before
+
+
+def run_compiled(op: str, tensors: Sequence[Tensor | None], *options: Any) -> int:
+    """Call the compiled kernel of a steering op on the CPU and return its status, see `raise_for`.
+
+    Args:
+        op: its name.
+        tensors: activation, result, and all others whose contents it reads.
+        options: what follows the addresses: sizes, strides, codes.
+    """
+    kernel = getattr(backends.extension(), op)
+    arguments = (*addresses(*tensors), *options)
+    status = kernel(*arguments)
+    calls = getattr(_notes, "calls", None)
+    if calls is not None:
+        calls.append(Call(kernel, tuple(tensors), arguments))
+    return status
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, dispatch, plain_torch_needed, refuse_out
-from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for
+from pysteer.ops.launch import Launch, choose, on_device, packed, raise_for, run_compiled
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, full_precision, laid_out_like, look_up, means_of_rows
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
@@ -78,7 +78,7 @@ def _run(
             backends.load_kernels("low_rank_shift").launch(out, x, *tensors, launch.source, launch.target)
         return out
     sizes = (*launch.shape, *read.shape[:2], *slot.shape, DTYPE_CODES[x.dtype], torch.get_num_threads())
-    status = backends.extension().low_rank_shift(*addresses(x, out, *tensors), *sizes)
+    status = run_compiled("low_rank_shift", (x, out, *tensors), *sizes)
     if status:
         raise_for(status, slot, clock, read.shape[0])
     return out

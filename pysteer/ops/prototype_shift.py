@@ -14,7 +14,7 @@ from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, dispatch, plain_torch_needed
-from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, stream_of
+from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, run_compiled, stream_of
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, close_scores, full_precision, laid_out_like, look_up, own_scores
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
@@ -117,14 +117,13 @@ def _run(
             kernels.launch(out, x, *tensors, *packed(factor, scale), *options, launch.source, launch.target)
         return out
     sizes = (*launch.shape, *weight.shape[:2], *slot.shape, int(pull), DTYPE_CODES[x.dtype])
-    places = addresses(x, out, *tensors)
     if launch.backend == "cpu":
-        status = backends.extension().prototype_shift(*places, *sizes, torch.get_num_threads())
+        status = run_compiled("prototype_shift", (x, out, *tensors), *sizes, torch.get_num_threads())
         if status:
             raise_for(status, slot, clock, weight.shape[0])
     else:
         with on_device(x):
-            backends.extension().prototype_shift_cuda(*places, *sizes, stream_of(x))
+            backends.extension().prototype_shift_cuda(*addresses(x, out, *tensors), *sizes, stream_of(x))
     return out
 
 

@@ -5,7 +5,7 @@ names begin with `gate.` and the options `gate.kind`, `gate.threshold`, `gate.pe
 the option `keep_norm` scales every token that was changed back to the length it had.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from pysteer.ops import registry
 from pysteer.ops.linear_gate import linear_gate, linear_gate_reference
 from pysteer.ops.lookup import active_tokens, laid_out_like, look_up
+from pysteer.ops.prepared import Prepared
 
 GATE = "gate."
 GATE_TENSORS = {"gda": ("weight", "bias"), "ood": ("weight", "bias", "factor", "scale"), "min_max": ("weight",)}
@@ -32,16 +33,14 @@ class Call:
     """An op with its banks, and what goes around it.
 
     Attributes:
-        function: the op.
-        given: its banks, tensors that all sets share, and options.
+        op: with its banks, tensors that all sets share, and options.
         gate: banks of the gate, `[P, ...]`; empty for none.
         gate_options: kind, threshold and per_token.
         keep_norm: whether tokens keep their length.
         shared: whether all rows that are on use the same set at any one step.
     """
 
-    function: Callable[..., Tensor]
-    given: dict[str, Any]
+    op: Prepared
     gate: dict[str, Tensor]
     gate_options: dict[str, Any]
     keep_norm: bool
@@ -65,14 +64,15 @@ class Call:
         keep_norm = bool(own_options.pop("keep_norm", False))
         channel_dim = 1 if layout == "channels" else -1
         given = {**own, **(common or {}), **own_options, "channel_dim": channel_dim}
-        return cls(registry.get(op).function, given, gate, gate_options, keep_norm, shared, channel_dim)
+        prepared = Prepared(registry.get(op).function, given)
+        return cls(prepared, gate, gate_options, keep_norm, shared, channel_dim)
 
     def __call__(
         self, x: Tensor, slot: Tensor, strength: Tensor, clock: Tensor, span: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
         """Steer `x`; the gate looks at the tokens in `span` `[Rcap, 2]` and, of `[R, L]` tokens, those in `mask`."""
         if not self.gate and not self.keep_norm:
-            return self.function(x, **self.given, slot=slot, strength=strength, clock=clock, span=span)
+            return self.op(x, slot, strength, clock, span)
         gate, soft = None, False
         if self.gate:
             gate = self._open(x.detach(), slot, clock, None if span is None else span[: len(x)], mask)
@@ -81,9 +81,9 @@ class Call:
                 room = torch.nn.functional.pad(gate, (0, slot.shape[1] - len(x)))
                 strength, gate = torch.where(strength == 0, strength, strength * room), None
         if gate is None and not self.keep_norm:
-            return self.function(x, **self.given, slot=slot, strength=strength, clock=clock, span=span)
+            return self.op.whole(x, slot, strength, clock, span)
         wide = x.to(torch.promote_types(x.dtype, torch.float32)) if soft or self.keep_norm else x
-        y = self.function(wide, **self.given, slot=slot, strength=strength, clock=clock, span=span)
+        y = self.op.whole(wide, slot, strength, clock, span)
         which, s = look_up(slot, strength, clock, len(x))
         touched = active_tokens(x, which, s, span, self.channel_dim)
         if gate is not None:

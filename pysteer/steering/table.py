@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import InputError, PysteerError
+from pysteer.ops.prepared import count_at
 from pysteer.steering.call import Call
 from pysteer.steering.plan import PlanEntry
 from pysteer.steering.site import Site
@@ -110,7 +111,7 @@ class Table:
             self.visits.add_(torch.where(self.index == self.clock, visit, 0))
         else:
             self._check_input(x)
-            self.visits.index_add_(0, self.clock, self.one, alpha=visit)
+            count_at(self.visits, self.clock, self.one, visit)
         if self.mask is None or self.site.layout != "tokens":
             return self.call(x, self.slot, self.strength, self.clock, self.span)
         if math.prod(x.shape[1:-1]) != self.mask.shape[1]:  # a run over other tokens than the mask is about
