@@ -11,7 +11,10 @@ from pysteer.errors import InputError
 FOLDER = Path(__file__).resolve().parent
 
 # name -> (folder of the weights, module, class with from_pretrained)
-_GENERATORS = {"infinity-shapes": ("infinity-shapes", "pysteer.models.infinity.pipeline", "InfinityPipeline")}
+_GENERATORS = {
+    "infinity-shapes": ("infinity-shapes", "pysteer.models.infinity.pipeline", "InfinityPipeline"),
+    "diffusion-shapes": ("diffusion-shapes", "pysteer.models.diffusion", "ImageGenerator"),
+}
 _CLASSIFIERS = {"shapes": ("shapes-classifier", "pysteer.zoo.shapes.classifier", "ShapeClassifier")}
 
 

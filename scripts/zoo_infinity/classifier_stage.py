@@ -14,7 +14,8 @@ from pysteer.zoo.shapes.captions import sample_scenes
 from pysteer.zoo.shapes.classifier import HEADS, NONE, ShapeClassifier
 from pysteer.zoo.shapes.renderer import render
 from pysteer.zoo.shapes.tokenizer import ShapeTokenizer
-from zoo_infinity.common import (
+from zoo_infinity.negatives import IGNORE, MAKERS, labels_of, negatives
+from zoo_training.common import (
     Checkpoint,
     Progress,
     autocast,
@@ -24,7 +25,6 @@ from zoo_infinity.common import (
     prepare,
     to_model_range,
 )
-from zoo_infinity.negatives import IGNORE, MAKERS, labels_of, negatives
 
 # Chance that one bit of the last two scales is flipped in the "flawed" reconstructions: what a generator gets wrong.
 FLAWS = (0.0, 0.0, 0.0, 0.02, 0.05)

@@ -13,7 +13,8 @@ import torch
 from pysteer.files import read_json
 from pysteer.zoo.shapes.card import TRAINING
 from pysteer.zoo.shapes.tokenizer import ShapeTokenizer
-from zoo_infinity.common import (
+from zoo_infinity.tokenizer_stage import finish
+from zoo_training.common import (
     Average,
     Checkpoint,
     Progress,
@@ -25,7 +26,7 @@ from zoo_infinity.common import (
     psnr,
     to_model_range,
 )
-from zoo_infinity.tokenizer_stage import finish, reconstruction_loss
+from zoo_training.losses import reconstruction_loss
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from pysteer.files import write_image, write_json
 from pysteer.models.infinity.pipeline import InfinityPipeline
-from pysteer.zoo.shapes.captions import captions_of
-from pysteer.zoo.shapes.card import EVALUATION, percent, write_card
+from pysteer.zoo.shapes.card import write_card
 from pysteer.zoo.shapes.classifier import ShapeClassifier
-from pysteer.zoo.shapes.evaluate import evaluate, sample_sheet
-from zoo_infinity.common import prepare
-
-SHOWN = 60
+from zoo_training.common import prepare
+from zoo_training.report import report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,18 +28,6 @@ def run(arguments: argparse.Namespace) -> None:
     classifier = ShapeClassifier.from_pretrained(judge).to(device)
     settings = dict(pipeline.defaults)
     settings |= {name: value for name in ("cfg", "tau") if (value := getattr(arguments, name)) is not None}
-    # Far from the seeds of the training scenes.
-    found = evaluate(
-        pipeline, classifier, count=arguments.count, seed=arguments.seed + 50_000, batch=arguments.batch, **settings
-    )
-    for group in ({"all": found.results["overall"]}, found.results["by_stated_size"], found.results["by_shape"]):
-        for name, rates in group.items():
-            print(f"{name:10s}", "  ".join(f"{key} {percent(value)}" for key, value in rates.items()), flush=True)
-    print("no shape recognised", percent(found.results["no_shape_recognised"]), flush=True)
-    page = sample_sheet(found.images[:SHOWN], captions_of(found.scenes[:SHOWN]))
-    if arguments.dry:
-        write_image(arguments.work / "samples.png", page)
-        return
-    write_json(folder / EVALUATION, found.results)
-    write_image(folder / "samples.png", page)
-    write_card(folder, judge)
+    report(pipeline, classifier, folder, arguments, settings)
+    if not arguments.dry:
+        write_card(folder, judge)

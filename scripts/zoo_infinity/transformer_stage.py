@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from pysteer.models.infinity.pipeline import InfinityPipeline
 from pysteer.models.infinity.transformer import Infinity, TextCondition
 from pysteer.zoo.shapes.captions import MAX_TOKENS, STATED, build_text_tokenizer, captions_of, vocabulary
 from pysteer.zoo.shapes.tokenizer import ShapeTokenizer
-from zoo_infinity.common import (
+from zoo_training.common import (
     Average,
     Checkpoint,
     Progress,
@@ -33,6 +31,7 @@ from zoo_infinity.common import (
     prepare,
     to_model_range,
 )
+from zoo_training.parallel import Optimizers, join, spawn
 
 NAME = "infinity-shapes"
 DEFAULTS = {"cfg": 3.0, "tau": 0.5, "top_p": 1.0}
@@ -95,44 +94,10 @@ def small_text_encoder(width: int) -> nn.Module:
     return encoder
 
 
-class Optimizers:
-    """Muon (Jordan et al. 2024) for the matrices inside blocks and encoder, AdamW for everything else.
-
-    Gradients are averaged over processes; the orthogonalisation of the matrices is shared out between them.
-    """
-
-    def __init__(self, model: nn.Module, lr: float, rank: int, world: int) -> None:
-        self.parameters, self.world = list(model.parameters()), world
-        matrices, rest = [], []
-        for name, value in model.named_parameters():
-            inner = value.ndim == 2 and any(p in name for p in ("block_chunks", "encoder.block", "text_proj_for_ca"))
-            (matrices if inner and "relative_attention_bias" not in name else rest).append(value)
-        matrices.sort(key=lambda value: -value.numel())
-        self.shares = [matrices[owner::world] for owner in range(world)]
-        self.muon = torch.optim.Muon(self.shares[rank], lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def step(self, lr: float) -> float:
-        """Average the gradients, clip their norm to 1, update; returns the norm."""
-        if self.world > 1:
-            flat = torch.nn.utils.parameters_to_vector([p.grad for p in self.parameters]) / self.world
-            dist.all_reduce(flat)
-            offset = 0
-            for value in self.parameters:
-                value.grad.copy_(flat[offset : offset + value.numel()].view_as(value))
-                offset += value.numel()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in (self.muon, self.adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        for owner, share in enumerate(self.shares if self.world > 1 else []):
-            flat = torch.nn.utils.parameters_to_vector(share).detach()
-            dist.broadcast(flat, owner)
-            torch.nn.utils.vector_to_parameters(flat, share)
-        for value in self.parameters:
-            value.grad = None
-        return norm.item()
+def is_matrix(name: str) -> bool:
+    """Whether a two-dimensional parameter is one of a block's or the encoder's matrices."""
+    inside = any(part in name for part in ("block_chunks", "encoder.block", "text_proj_for_ca"))
+    return inside and "relative_attention_bias" not in name
 
 
 class Bits:
@@ -189,20 +154,13 @@ def steps(arguments: argparse.Namespace, start: int) -> Iterator[tuple[int, torc
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, with a checkpoint and an exported pipeline every ``--save-every`` steps."""
-    if arguments.batch % arguments.processes:
-        raise SystemExit(f"--batch {arguments.batch} is not a multiple of --processes {arguments.processes}")
-    if arguments.processes == 1:
-        train(0, arguments)
-    else:
-        torch.multiprocessing.spawn(train, (arguments,), nprocs=arguments.processes)
+    spawn(train, arguments)
 
 
 def train(rank: int, arguments: argparse.Namespace) -> None:
     """The work of one process."""
     device, world = prepare(arguments), arguments.processes
-    if world > 1:
-        meeting = arguments.work.resolve() / f"meeting-{os.getppid()}"
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    join(rank, arguments)
     out = arguments.out / NAME
     tokenizer = ShapeTokenizer.from_pretrained(out / "tokenizer").to(device)
     config = InfinityConfig(
@@ -210,7 +168,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         text_maxlen=MAX_TOKENS, chunks=2,
     )  # fmt: skip
     model = CaptionedInfinity(config).to(device)
-    optimizer = Optimizers(model, arguments.lr, rank, world)
+    optimizer = Optimizers(model, arguments.lr, is_matrix, rank, world)
     average = Average(model, arguments.ema)
     parts = {"model": model, "average": average, "muon": optimizer.muon, "adamw": optimizer.adamw}
     checkpoint = Checkpoint(arguments.work / f"transformer.{rank}of{world}.pt", parts, arguments.fresh)

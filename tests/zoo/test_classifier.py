@@ -71,7 +71,7 @@ def test_wrong_images_and_names_are_named(classifier):
         zoo.load_classifier("faces")
     with pytest.raises(InputError, match="allowed: infinity-shapes"):
         zoo.load("infinity-2b")
-    assert zoo.available() == {"generators": ["infinity-shapes"], "classifiers": ["shapes"]}
+    assert zoo.available() == {"generators": ["diffusion-shapes", "infinity-shapes"], "classifiers": ["shapes"]}
 
 
 def test_small_enough_and_saved_exactly(classifier, tmp_path):

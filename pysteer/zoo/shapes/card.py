@@ -1,4 +1,4 @@
-"""Model card of the bundled generator, written from the measured JSON files beside the weights."""
+"""Model cards of the bundled generators, written from the measured JSON files beside the weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ library_name: pysteer
 pipeline_tag: text-to-image
 ---
 
-# infinity-shapes
+# {name}
 
-A small Infinity generator (next-scale prediction of binary codes, Han et al. 2024) of 64 x 64 pictures: one coloured
+{what} of 64 x 64 pictures: one coloured
 shape on a plain background. It exists to develop and test steering methods on real generated images on a CPU, with a
-classifier that can say what each picture shows. Load it with `pysteer.zoo.load("infinity-shapes")`.
+classifier that can say what each picture shows. Load it with `pysteer.zoo.load("{name}")`{more}.
 
 Captions read `a [small|medium|large] [COLOUR] SHAPE [at the POSITION] [on a BACKGROUND background]` with
 
@@ -32,6 +32,16 @@ Captions read `a [small|medium|large] [COLOUR] SHAPE [at the POSITION] [on a BAC
 - backgrounds black, white, gray (one of them if none is stated) or one of the colours, except pairs that look alike
   (for instance orange and yellow, or purple and blue).
 """
+
+# name -> (what it is, how else it loads)
+_INTRODUCTIONS = {
+    "infinity-shapes": ("A small Infinity generator (next-scale prediction of binary codes, Han et al. 2024)", ""),
+    "diffusion-shapes": (
+        "A small latent diffusion generator in the shape of Stable Diffusion (Rombach et al. 2022: AutoencoderKL, CLIP "
+        "text model, UNet with cross-attention)",
+        " or\nwith `StableDiffusionPipeline.from_pretrained`: it is an ordinary diffusers folder",
+    ),
+}
 
 _LIMITS = """## What it cannot do
 
@@ -130,18 +140,46 @@ def _classifier(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_card(folder: Path, classifier_folder: Path) -> Path:
-    """Fill README.md of the generator's folder from evaluation.json and the training records."""
-    lines = [_HEAD, *_quality(read_json(folder / EVALUATION, "evaluation")), "## How it was trained", ""]
-    lines += _tokenizer(read_json(folder / "tokenizer" / TRAINING, "tokenizer record"))
-    transformer = read_json(folder / "transformer" / TRAINING, "transformer record")
-    lines += _transformer(transformer)
+def _vae(record: dict[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{size} {value:.1f}" for size, value in record["psnr_by_size"].items())
+    return [
+        f"- Autoencoder: {record['parameters'] / 1e6:.2f} M parameters, 8 latent channels of 8 x 8, standardised per "
+        f"channel. {record['steps']} steps of {record['batch']} renders, all but the first {record['plain_steps']} "
+        f"edge-weighted, KL weight {record['kl']}, {record['seconds']} s. PSNR on {record['psnr_images']} fresh "
+        f"renders: {record['psnr_mean']:.1f} dB ({sizes})."
+    ]
+
+
+def _unet(record: dict[str, Any]) -> list[str]:
+    settings, last = record["settings"], record["history"][-1]
+    return [
+        f"- UNet and text encoder, trained jointly on v-prediction with zero terminal SNR: {settings['steps']} steps "
+        f"of {settings['batch']} captioned renders, learning rate {settings['lr']}, {100 * settings['drop']:g} % of "
+        f"the captions dropped, {round(record['seconds'])} s. Validation loss {last['validation_loss']:.4f}."
+    ]
+
+
+# name -> (folder of the main training record, its lines, the other record's folder, its lines, script, stages)
+_TRAINED = {
+    "infinity-shapes": ("transformer", _transformer, "tokenizer", _tokenizer, "train_zoo_infinity.py", "classifier, "),
+    "diffusion-shapes": ("unet", _unet, "vae", _vae, "train_zoo_diffusion.py", ""),
+}
+
+
+def write_card(folder: Path, classifier_folder: Path, name: str = "infinity-shapes") -> Path:
+    """Fill README.md of the folder of the generator ``name`` from evaluation.json and the training records."""
+    main, main_lines, codec, codec_lines, script, between = _TRAINED[name]
+    what, more = _INTRODUCTIONS[name]
+    head = _HEAD.format(name=name, what=what, more=more)
+    lines = [head, *_quality(read_json(folder / EVALUATION, "evaluation")), "## How it was trained", ""]
+    lines += codec_lines(read_json(folder / codec / TRAINING, f"{codec} record"))
+    record = read_json(folder / main / TRAINING, f"{main} record")
+    lines += main_lines(record)
     lines += [
         "- Data: rendered scenes, sizes balanced, one caption each, all from a seed. Share of the captions that state "
-        f"the position: {100 * transformer['captions']['position']:.0f} %, of those measured above: "
-        f"{100 * STATED['position']:.0f} %. "
-        f"Machine: {'GPU' if transformer['cuda'] else 'CPU'}, torch {transformer['torch']}.",
-        "- Again: `python scripts/train_zoo_infinity.py --stage tokenizer`, then classifier, transformer, evaluate.",
+        f"the position: {100 * record['captions']['position']:.0f} %, of those measured above: "
+        f"{100 * STATED['position']:.0f} %. Machine: {'GPU' if record['cuda'] else 'CPU'}, torch {record['torch']}.",
+        f"- Again: `python scripts/{script} --stage {codec}`, then {between}{main}, evaluate.",
         "",
     ]
     lines += _classifier(read_json(classifier_folder / TRAINING, "classifier record"))

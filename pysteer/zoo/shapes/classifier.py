@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,16 +111,27 @@ class ShapeClassifier(nn.Module):
         """Read a classifier that ``save_pretrained`` wrote, as fp32 in eval mode."""
         folder = Path(folder)
         fields = read_json(folder / CONFIG, "classifier config")
-        kind = fields.pop("kind", None)
+        kind = fields.get("kind") if isinstance(fields, dict) else type(fields).__name__
         if kind != "ShapeClassifier":
             raise InputError(f"kind in {folder / CONFIG}", value=kind, allowed="ShapeClassifier")
-        if {name: tuple(words) for name, words in fields.pop("heads").items()} != HEADS:
+        if fields.get("heads") != {name: list(words) for name, words in HEADS.items()}:
             raise InputError(f"heads in {folder / CONFIG}", value="other classes", allowed="those of this version")
-        model = cls(ShapeClassifierConfig(widths=tuple(fields["widths"]), features=fields["features"]))
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        config = _config_of(fields)
+        with torch.device("meta"):  # a damaged width must not reserve memory
+            shapes = {name: tuple(value.shape) for name, value in cls(config).state_dict().items()}
         tensors, _ = read_safetensors(folder / WEIGHTS, "classifier weights", shapes=shapes)
+        model = cls(config)
         model.load_state_dict(tensors)
         return model.float().eval()
+
+
+def _config_of(fields: dict[str, Any]) -> ShapeClassifierConfig:
+    widths, features = fields.get("widths"), fields.get("features")
+    sizes = [*widths, features] if isinstance(widths, list) and 1 <= len(widths) <= 16 else [None]
+    if not all(type(size) is int and 1 <= size <= 2**16 for size in sizes):
+        given = {"widths": widths, "features": features}
+        raise InputError("classifier config", value=given, allowed="widths and features from 1 to 65536")
+    return ShapeClassifierConfig(tuple(widths), features)  # type: ignore[arg-type]
 
 
 def _as_input(images: Tensor) -> Tensor:

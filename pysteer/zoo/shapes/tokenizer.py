@@ -103,26 +103,36 @@ class ShapeTokenizer(nn.Module):
         """Read a tokenizer that ``save_pretrained`` wrote; weights are cast to ``dtype``."""
         folder = Path(folder)
         fields = read_json(folder / CONFIG, "tokenizer config")
-        kind = fields.pop("kind", None)
+        kind = fields.get("kind") if isinstance(fields, dict) else type(fields).__name__
         if kind != "ShapeTokenizer":
             raise InputError(f"kind in {folder / CONFIG}", value=kind, allowed="ShapeTokenizer")
-        model = cls(_config_of(fields, folder / CONFIG))
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        config = _config_of(fields, folder / CONFIG)
+        with torch.device("meta"):  # a damaged width must not reserve memory
+            shapes = {name: tuple(value.shape) for name, value in cls(config).state_dict().items()}
         tensors, _ = read_safetensors(folder / WEIGHTS, "tokenizer weights", shapes=shapes)
+        model = cls(config)
         model.load_state_dict(tensors)
         return model.to(dtype).eval()
 
 
 def _config_of(fields: dict[str, Any], path: Path) -> ShapeTokenizerConfig:
-    try:
-        return ShapeTokenizerConfig(
-            dim=int(fields["dim"]),
-            scales=tuple((int(h), int(w)) for h, w in fields["scales"]),
-            encoder_widths=tuple(fields["encoder_widths"]),
-            encoder_blocks=tuple(fields["encoder_blocks"]),
-            decoder_widths=tuple(fields["decoder_widths"]),
-            decoder_blocks=tuple(fields["decoder_blocks"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        names = ", ".join(field.name for field in dataclass_fields(ShapeTokenizerConfig))
-        raise InputError(f"tokenizer config {path}", value=repr(error), allowed=f"the fields {names}") from error
+    names = [field.name for field in dataclass_fields(ShapeTokenizerConfig)]
+    lists = {name: fields.get(name) for name in names if name not in ("dim", "scales")}
+    pairs = fields.get("scales")
+    fits = _is_size(fields.get("dim")) and all(_are_sizes(value) for value in lists.values())
+    fits = fits and isinstance(pairs, list) and all(_are_sizes(pair) and len(pair) == 2 for pair in pairs)
+    if not fits or max(*fields["encoder_blocks"], *fields["decoder_blocks"]) > 64:
+        raise InputError(f"tokenizer config {path}", value=fields, allowed=f"the fields {', '.join(names)}")
+    for half in ("encoder", "decoder"):
+        if len(fields[f"{half}_widths"]) != len(fields[f"{half}_blocks"]):
+            raise InputError(f"{half} of tokenizer config {path}", value=fields, allowed="as many widths as blocks")
+    scales = tuple((height, width) for height, width in fields["scales"])
+    return ShapeTokenizerConfig(fields["dim"], scales, **{name: tuple(fields[name]) for name in lists})
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= 2**16
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 16 and all(_is_size(item) for item in value)

@@ -1,0 +1,1 @@
+"""Training stages of the bundled diffusion pipeline; started by train_zoo_diffusion.py."""
