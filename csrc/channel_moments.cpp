@@ -80,9 +80,10 @@ struct Moments {
     }
 };
 
-// Room for [8, width] doubles for every piece, which whoever takes a piece fills; a single one goes where the result is.
+// Room for [8, width] doubles for every piece, which whoever takes a piece fills; a single one goes where the result
+// is.
 class Partials {
-  public:
+ public:
     Partials(std::int64_t pieces, std::int64_t width, const Moments& out, bool fresh) : pieces_(pieces), width_(width) {
         start_ = out.rows[0];
         if (pieces == 1 && fresh) return;
@@ -98,7 +99,7 @@ class Partials {
         return m;
     }
 
-  private:
+ private:
     std::int64_t pieces_, width_;
     std::unique_ptr<double[]> values_;
     double* start_;
@@ -117,7 +118,8 @@ std::int64_t first_of(std::int64_t piece, std::int64_t pieces, std::int64_t bloc
 void merge(const Partials& partials, const Walk& w, const Moments& out) {
     if (partials.done()) return;
     const std::int64_t together = 256, blocks = (w.width + together - 1) / together;
-#pragma omp parallel for schedule(static) num_threads(w.threads) if (w.threads > 1 && partials.pieces() * w.width > 4096)
+#pragma omp parallel for schedule(static) \
+    num_threads(w.threads) if (w.threads > 1 && partials.pieces() * w.width > 4096)
     for (std::int64_t i = 0; i < blocks; ++i) {
         const std::int64_t d = i * together, channels = std::min(together, w.width - d);
         for (std::int64_t k = d; w.fresh && k < d + channels; ++k) out.clear(k);
@@ -159,7 +161,7 @@ void by_channel(const T* x, const Walk& w, const Moments& out) {
 // What one thread needs to walk a tile of channels.
 template <class T>
 class Scratch {
-  public:
+ public:
     static constexpr std::int64_t kWidth = kTile;
 
     // The statistics of a chunk of tokens of one tile into [8][out_width]; the channels that do not fill a step are
@@ -183,7 +185,7 @@ class Scratch {
 
     double* chunk() { return chunk_.get(); }  // [8][kWidth]
 
-  private:
+ private:
     // Begins where a cache line does: vectors that lie across two of them cost twice.
     void* known() {
         char* start = known_.get();
@@ -266,8 +268,15 @@ void channel_moments(std::uintptr_t x, std::uintptr_t out, std::int64_t rows, st
     Moments moments;
     for (int k = 0; k < 8; ++k) moments.rows[k] = reinterpret_cast<double*>(out) + k * width;
     const std::int64_t bytes = rows * tokens * width * element_size(type);
-    const Walk walk{
-        rows, tokens, width, x_row, x_token, x_channel, {near_bits(float(eps), type)}, threads_for(bytes, threads), !accumulate};
+    const Walk walk{rows,
+                    tokens,
+                    width,
+                    x_row,
+                    x_token,
+                    x_channel,
+                    {near_bits(float(eps), type)},
+                    threads_for(bytes, threads),
+                    !accumulate};
     if (type == DType::float32) run<float>(x, walk, moments);
     if (type == DType::bfloat16) run<BFloat16>(x, walk, moments);
     if (type == DType::float16) run<Float16>(x, walk, moments);

@@ -110,9 +110,7 @@ struct Pair<BFloat16> {
         counts.take(other.counts);
     }
 
-    static Pair empty() {
-        return {no_sums(), no_sums(), Order<BFloat16>::empty(), Counts<BFloat16>::none()};
-    }
+    static Pair empty() { return {no_sums(), no_sums(), Order<BFloat16>::empty(), Counts<BFloat16>::none()}; }
     void take(Step<BFloat16> x, Step<BFloat16> near) {
         const Step<BFloat16> size = x.sizes();
         const __m512bh one = pairs(all16(0x3f80));
@@ -275,10 +273,14 @@ inline Totals<T> sum_plane(const T* x, const Block& block, const Limits& limits)
     acc[0].take(last);
     for (int i = 1; i < kPairs<T>; ++i) acc[0].take(acc[i]);
     const std::int64_t filled = rest ? block.rows * (kStep - rest) : 0;
-    return {total(plus(acc[0].a.value, acc[0].b.value)), total(plus(acc[0].a.square, acc[0].b.square)),
-            total(plus(acc[0].a.size, acc[0].b.size)),   acc[0].order.largest.fold_largest(),
-            acc[0].order.highest.fold_highest(),         acc[0].order.lowest.fold_lowest(),
-            sum_of_lanes(acc[0].counts.nears) - (limits.near ? filled : 0), sum_of_lanes(acc[0].counts.zeros) - filled};
+    return {total(plus(acc[0].a.value, acc[0].b.value)),
+            total(plus(acc[0].a.square, acc[0].b.square)),
+            total(plus(acc[0].a.size, acc[0].b.size)),
+            acc[0].order.largest.fold_largest(),
+            acc[0].order.highest.fold_highest(),
+            acc[0].order.lowest.fold_lowest(),
+            sum_of_lanes(acc[0].counts.nears) - (limits.near ? filled : 0),
+            sum_of_lanes(acc[0].counts.zeros) - filled};
 }
 
 // One channel of a block of rows, tokens next to each other.
