@@ -154,6 +154,8 @@ def _model(config: LocateConfig) -> tuple[Any, dict[str, Any]]:
         generator = load_generator(config.model, config.device)
         return generator.pipe, generator.settings
     pipe, device = load_model(config.model), choose_device(config.device)
+    if hasattr(pipe, "pipe"):  # diffusers; the run has a bar of its own
+        pipe.pipe.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipe.to(device)
     return pipe, {} if config.steps is None else {"num_inference_steps": config.steps}
