@@ -37,8 +37,8 @@ Captions read `a [small|medium|large] [COLOUR] SHAPE [at the POSITION] [on a BAC
 _INTRODUCTIONS = {
     "infinity-shapes": ("A small Infinity generator (next-scale prediction of binary codes, Han et al. 2024)", ""),
     "diffusion-shapes": (
-        "A small latent diffusion generator in the shape of Stable Diffusion (Rombach et al. 2022: AutoencoderKL, CLIP "
-        "text model, UNet with cross-attention)",
+        "A small latent diffusion generator in the shape of Stable Diffusion (Rombach et al. 2022: AutoencoderKL, CLIP text\n"
+        "model, UNet with cross-attention)",
         " or\nwith `StableDiffusionPipeline.from_pretrained`: it is an ordinary diffusers folder",
     ),
 }
@@ -152,10 +152,11 @@ def _vae(record: dict[str, Any]) -> list[str]:
 
 def _unet(record: dict[str, Any]) -> list[str]:
     settings, last = record["settings"], record["history"][-1]
+    schedule = f" Schedule: {record['schedule']}." if "schedule" in record else ""
     return [
         f"- UNet and text encoder, trained jointly on v-prediction with zero terminal SNR: {settings['steps']} steps "
         f"of {settings['batch']} captioned renders, learning rate {settings['lr']}, {100 * settings['drop']:g} % of "
-        f"the captions dropped, {round(record['seconds'])} s. Validation loss {last['validation_loss']:.4f}."
+        f"the captions dropped, {round(record['seconds'])} s. Validation loss {last['validation_loss']:.4f}." + schedule
     ]
 
 
