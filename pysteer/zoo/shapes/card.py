@@ -37,8 +37,8 @@ Captions read `a [small|medium|large] [COLOUR] SHAPE [at the POSITION] [on a BAC
 _INTRODUCTIONS = {
     "infinity-shapes": ("A small Infinity generator (next-scale prediction of binary codes, Han et al. 2024)", ""),
     "diffusion-shapes": (
-        "A small latent diffusion generator in the shape of Stable Diffusion (Rombach et al. 2022: AutoencoderKL, CLIP text\n"
-        "model, UNet with cross-attention)",
+        "A small latent diffusion generator in the shape of Stable Diffusion (Rombach et al. 2022: AutoencoderKL, CLIP "
+        "text\nmodel, UNet with cross-attention)",
         " or\nwith `StableDiffusionPipeline.from_pretrained`: it is an ordinary diffusers folder",
     ),
 }
