@@ -188,12 +188,26 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
     """
     source = _existing(path, what)
     try:
-        return json.loads(source.read_text(encoding="utf-8"))
+        return parse_json(source.read_text(encoding="utf-8"), what, str(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{what} is not UTF-8 text", value=str(path), allowed="JSON in UTF-8") from error
+
+
+def parse_json(text: str, what: str, path: str) -> Any:
+    """The value that JSON text stands for.
+
+    Raises:
+        InputError: it is not JSON, nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}: {error.msg}"
-        raise InputError(f"{what} is not JSON ({where})", value=str(path), allowed="JSON", fix="correct it") from error
+    except RecursionError:
+        where = "nested too deeply"
+    except ValueError:
+        where = "a number of too many digits"
+    raise InputError(f"{what} is not JSON ({where})", value=path, allowed="JSON", fix="correct it")
 
 
 def _check_header(source: Path, what: str) -> None:
@@ -246,6 +260,10 @@ def read_safetensors(
     if shapes is not None:
         _check_shapes(tensors, shapes, f"{what} {source.name}")
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:  # there is no arithmetic on them
+            raise InputError(
+                f"{what} {source.name}, type of {name}", value=str(tensor.dtype), allowed="16 bits or more"
+            )
         if finite and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError(f"{what} {source.name}, tensor {name}", value="NaN or infinity", allowed="finite values")
     return tensors, metadata

@@ -77,6 +77,7 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError("size of a control vector", value=f"{path.stat().st_size} bytes", allowed=f"{_LARGEST_FILE}")
     plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
     try:
+        _walk(path.read_bytes())
         reader = gguf.GGUFReader(path)
         text = (gguf.GGUFValueType.STRING,)
         fields = {
@@ -101,6 +102,43 @@ def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             fix="fetch it again",
         ) from error
     return fields, tensors
+
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the types of a field
+_TEXT, _ARRAY = 8, 9
+
+
+def _walk(data: bytes) -> None:
+    """Raise a ValueError where a field of the header is longer than the file, which the reader would count through."""
+
+    def number(place: int, size: int) -> int:
+        if place + size > len(data):
+            raise ValueError("the header ends too early")
+        return int.from_bytes(data[place : place + size], "little")
+
+    def behind(place: int, kind: int, depth: int = 0) -> int:
+        if kind == _TEXT:
+            return place + 8 + number(place, 8)
+        if kind != _ARRAY:
+            return place + _SIZES[kind]
+        inner, count = number(place, 4), number(place + 4, 8)
+        place += 12
+        if inner in _SIZES:
+            return place + count * _SIZES[inner]
+        if depth > 4 or count > len(data):
+            raise ValueError("an array of too many")
+        for _ in range(count):
+            place = behind(place, inner, depth + 1)
+            number(place, 0)
+        return place
+
+    tensors, fields, place = number(8, 8), number(16, 8), 24
+    if tensors > _MOST_LAYERS or fields > len(data):
+        raise ValueError("too many tensors or fields")
+    for _ in range(fields):
+        place = behind(place, _TEXT)
+        place = behind(place + 4, number(place, 4))
+        number(place, 0)
 
 
 def save_control_vector(path: str | Path, fitted: Fitted | Plan, *, model_hint: str = "") -> Path:

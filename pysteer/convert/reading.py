@@ -2,7 +2,6 @@
 
 import math
 import os
-import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,14 +12,10 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import InputError
+from pysteer.pickles import look_through
 
 _MOST_TENSORS = 200_000  # LinEAS has two per unit of a layer
 _LARGEST_PROGRAM = 64 * 1024 * 1024  # bytes of the pickle itself, without the tensors
-_STORAGES = "Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool"
-_HARMLESS = re.compile(
-    rf"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch ({_STORAGES})Storage"
-)
-_STRANGE = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -45,7 +40,7 @@ def read_pickle(path: str | os.PathLike[str], what: str, *, largest: int) -> Any
     if size > largest:
         raise InputError(f"size of {what} {source.name}", value=f"{size} bytes", allowed=f"at most {largest}")
     try:
-        _look_through(_program_of(source, what), f"{what} {source.name}")
+        look_through(_program_of(source, what), f"{what} {source.name}")
         data = torch.load(source, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -82,19 +77,6 @@ def _program_of(source: Path, what: str) -> bytes:
                 f"{what} {source.name}", value="compressed or oversized", allowed="as torch.save writes it"
             )
         return archive.read(programs[0])
-
-
-def _look_through(program: bytes, where: str) -> None:
-    for opcode, argument, _ in pickletools.genops(program):
-        strange = opcode.name in _STRANGE
-        if strange or (opcode.name == "GLOBAL" and not _HARMLESS.fullmatch(str(argument))):
-            found = opcode.name if strange else str(argument).replace(" ", ".")
-            raise InputError(
-                f"{where} holds more than tensors",
-                value=found,
-                allowed="tensors, numbers, text, lists and dictionaries",
-                fix="do not trust it",
-            )
 
 
 def _tensors_in(data: Any) -> list[Tensor]:

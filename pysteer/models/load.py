@@ -53,7 +53,10 @@ _MARKS = {"pipeline.json": "infinity", "model_index.json": "diffusers", "config.
 def _kind_of_folder(folder: Path) -> str:
     for mark, kind in _MARKS.items():
         if (folder / mark).is_file():
-            if kind == "transformers" and "_diffusers_version" in files.read_json(folder / mark, "configuration"):
+            found = files.read_json(folder / mark, "configuration") if kind == "transformers" else {}
+            if not isinstance(found, dict):
+                raise InputError("configuration of a model", value=type(found).__name__, allowed="a JSON object")
+            if "_diffusers_version" in found:
                 raise InputError("model", value=str(folder), fix="give the folder of its whole pipeline")
             return kind
     raise InputError("folder of a model", value=str(folder), allowed=f"one that holds {', '.join(_MARKS)}")

@@ -241,7 +241,8 @@ class SparseAutoencoder:
             "normalise": self.normalise,
             "meta": self.meta,
         }
-        files.write_safetensors(Path(folder) / WEIGHTS, self.tensors())
+        # Copies, because encoder and decoder may be one tensor, which the format refuses.
+        files.write_safetensors(Path(folder) / WEIGHTS, {name: t.clone() for name, t in self.tensors().items()})
         files.write_json(Path(folder) / CONFIG, config)
         return Path(folder)
 

@@ -12,9 +12,8 @@ without it the output of the encoder is steered. Strengths are dimensionless fac
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from pysteer import files
 from pysteer.errors import InputError
 
+_LARGEST = sys.float_info.max
 _SCALE_KEYS = ("layers", "strength_cond", "strength_uncond")
 _KEYS = ("scales", "layers_text", "strength_text")
 
@@ -90,16 +90,10 @@ def _check_layers(given: tuple[int, ...], layers: int, where: str) -> None:
 
 def _loads(text: str, path: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return files.parse_json(text, "steering setup", path)
+    except InputError:
         # Setup files are often cut out of a longer list, with the comma that followed them.
-        try:
-            return json.loads(re.sub(r",(\s*[}\]])", r"\1", text.rstrip().rstrip(",")))
-        except json.JSONDecodeError as error:
-            where = f"line {error.lineno} column {error.colno}: {error.msg}"
-            raise InputError(
-                f"steering setup is not JSON ({where})", value=path, allowed="JSON", fix="correct it"
-            ) from error
+        return files.parse_json(re.sub(r",(\s*[}\]])", r"\1", text.rstrip().rstrip(",")), "steering setup", path)
 
 
 def read_setup(path: str | Path) -> Setup:
@@ -167,7 +161,7 @@ def _layers(value: Any, where: str) -> tuple[int, ...] | None:
 
 
 def _strength(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
         raise InputError(where, value=value, allowed="a finite number", fix="give 0 for no steering")
     return float(value)
 

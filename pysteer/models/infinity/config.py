@@ -87,7 +87,39 @@ class InfinityConfig:
     @classmethod
     def from_dict(cls, data: dict) -> InfinityConfig:
         names = {f.name for f in fields(cls)}
+        if not isinstance(data, dict):
+            raise InputError("Infinity config", value=type(data).__name__, allowed="a JSON object")
         unknown = sorted(set(data) - names)
         if unknown:
             raise InputError("Infinity config key", value=unknown[0], allowed=", ".join(sorted(names)))
+        for name in ("depth", "dim", "heads", "bits", "scales"):
+            if name not in data:
+                raise InputError("Infinity config lacks a key", value=name, fix="fetch or convert it again")
+        for name, value in data.items():
+            _check_field(name, value)
         return cls(**data)
+
+
+_LIMITS = {"depth": 1024, "chunks": 1024, "max_scales": 1024, "heads": 4096, "text_heads": 4096}
+
+
+def _check_field(name: str, value: object) -> None:
+    """Refuse a value of another type, or one so large that even a model without memory takes long to make."""
+    if name == "scales":
+        pairs = isinstance(value, (list, tuple)) and all(isinstance(pair, (list, tuple)) for pair in value)
+        sizes = [size for pair in value for size in pair] if pairs else []  # type: ignore[attr-defined]
+        fits = bool(sizes) and all(len(pair) == 2 for pair in value)  # type: ignore[attr-defined]
+        if not fits or not all(type(size) is int and 1 <= size <= 1024 for size in sizes):
+            raise InputError("scales of the Infinity config", value=value, allowed="pairs of numbers from 1 to 1024")
+    elif name in ("patchify", "rope_restart"):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} of the Infinity config", value=value, allowed="true or false")
+    elif name in ("mlp_ratio", "norm_eps"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1000:
+            raise InputError(f"{name} of the Infinity config", value=value, allowed="a number above 0, below 1000")
+    elif name != "extra":
+        most, least = _LIMITS.get(name, 2**20), int(name != "text_heads")
+        if type(value) is not int or not least <= value <= most:
+            raise InputError(
+                f"{name} of the Infinity config", value=value, allowed=f"a whole number, {least} to {most}"
+            )

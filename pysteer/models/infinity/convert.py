@@ -26,6 +26,7 @@ from pysteer.models.infinity.presets import PRESETS
 from pysteer.models.infinity.schedule import scale_schedule
 from pysteer.models.infinity.transformer import Infinity
 from pysteer.models.infinity.vae import InfinityVAE, VAEConfig
+from pysteer.pickles import look_through, programs_of
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -51,8 +52,13 @@ class Converted:
 
 def _load_pickle(path: Path) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            for program in programs_of(path):
+                look_through(program, f"weights file {path.name}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file fails in every way there is
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             raise InputError(
                 "weights file holds more than tensors",

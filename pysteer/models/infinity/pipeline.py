@@ -185,6 +185,8 @@ class InfinityPipeline:
 
         folder = Path(folder)
         index = files.read_json(folder / "pipeline.json", "pipeline index")
+        if not isinstance(index, dict) or not isinstance(index.get("defaults", {}), dict | None):
+            raise InputError("pipeline index", value=str(folder), allowed="a JSON object, with an object as defaults")
         transformer = load_transformer(folder / "transformer", dtype)
         tokenizer = _tokenizer_class(index.get("tokenizer", "")).from_pretrained(folder / "tokenizer")
         with _quiet_transformers():

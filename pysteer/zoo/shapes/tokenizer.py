@@ -119,7 +119,9 @@ def _config_of(fields: dict[str, Any], path: Path) -> ShapeTokenizerConfig:
     names = [field.name for field in dataclass_fields(ShapeTokenizerConfig)]
     lists = {name: fields.get(name) for name in names if name not in ("dim", "scales")}
     pairs = fields.get("scales")
-    fits = _is_size(fields.get("dim")) and all(_are_sizes(value) for value in lists.values())
+    fits = _is_size(fields.get("dim")) and all(
+        _are_sizes(value, least=int("widths" in name)) for name, value in lists.items()
+    )
     fits = fits and isinstance(pairs, list) and all(_are_sizes(pair) and len(pair) == 2 for pair in pairs)
     if not fits or max(*fields["encoder_blocks"], *fields["decoder_blocks"]) > 64:
         raise InputError(f"tokenizer config {path}", value=fields, allowed=f"the fields {', '.join(names)}")
@@ -130,9 +132,9 @@ def _config_of(fields: dict[str, Any], path: Path) -> ShapeTokenizerConfig:
     return ShapeTokenizerConfig(fields["dim"], scales, **{name: tuple(fields[name]) for name in lists})
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 1 <= value <= 2**16
+def _is_size(value: object, least: int = 1) -> bool:
+    return type(value) is int and least <= value <= 2**16
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and 1 <= len(value) <= 16 and all(_is_size(item) for item in value)
+def _are_sizes(value: object, least: int = 1) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 16 and all(_is_size(item, least) for item in value)
