@@ -19,7 +19,6 @@ from pysteer.errors import InputError
 from pysteer.models.sae import SparseAutoencoder
 
 _LARGEST_FILE = 64 * 1024**3
-_MOST_LATENTS = 2**24
 _KEPT = (torch.float32, torch.bfloat16, torch.float16)
 _NORMALISATIONS = {None: "none", "none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "unit_norm"}
 
