@@ -12,6 +12,7 @@ import argparse
 import ctypes
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ def rows() -> list[dict[str, Any]]:
             inputs = spec.make_inputs(replace(row.case, options=spec.variants.get(row.variant, {})))
             given = sum(each.nbytes for each in inputs.values() if isinstance(each, torch.Tensor))
             with torch.no_grad():
-                peaks = {"op": peak(lambda: spec.function(**inputs)), "eager": peak(lambda: spec.reference(**inputs))}
-            found.append({"op": name, "shape": row.title, "inputs": given, **{f"peak_{k}": v for k, v in peaks.items()}})
+                calls = {"op": partial(spec.function, **inputs), "eager": partial(spec.reference, **inputs)}
+                peaks = {kind: peak(call) for kind, call in calls.items()}
+            found.append(
+                {"op": name, "shape": row.title, "inputs": given, **{f"peak_{k}": v for k, v in peaks.items()}}
+            )
     return found
 
 

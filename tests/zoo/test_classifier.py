@@ -69,7 +69,7 @@ def test_wrong_images_and_names_are_named(classifier):
         classifier.classify(torch.zeros(2, 3, 32, 32))
     with pytest.raises(InputError, match="allowed: shapes"):
         zoo.load_classifier("faces")
-    with pytest.raises(InputError, match="allowed: infinity-shapes"):
+    with pytest.raises(InputError, match="allowed: diffusion-shapes, infinity-shapes"):
         zoo.load("infinity-2b")
     assert zoo.available() == {"generators": ["diffusion-shapes", "infinity-shapes"], "classifiers": ["shapes"]}
 
