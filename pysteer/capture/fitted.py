@@ -181,11 +181,13 @@ def _read_site(method: Method, entry: dict[str, Any], tensors: dict[str, Tensor]
         _check_tensor(key, tensor, 1 if steps is None else len(steps), dims, sizes)
         found[tensor_name] = tensor
     options = _mapping(entry.get("options"), f"options of site {name}")
-    shared = {}
-    for common in entry.get("shared", []):
+    shared, names = {}, entry.get("shared", [])
+    if not isinstance(names, list) or not all(isinstance(common, str) for common in names):
+        raise InputError(f"shared tensors of site {name}", value=names, allowed="a list of names")
+    for common in names:
         if f"{name}/{common}" not in tensors:
             raise InputError("fitted parameters lack a tensor", value=f"{name}/{common}", fix="fit or fetch them again")
-        shared[str(common)] = tensors.pop(f"{name}/{common}")
+        shared[common] = tensors.pop(f"{name}/{common}")
     parameters = SiteParameters(name, str(op), None if steps is None else tuple(steps), found, options, shared)
     parameters.check()
     return parameters

@@ -123,7 +123,12 @@ class Method(ABC):
                     allowed=", ".join(names),
                     fix=did_you_mean(key, names),
                 )
-        return cls(**config)
+        try:
+            return cls(**config)
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:  # InputError passes through as it is
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"options of method {cls.name} ({error})", value=str(dict(config))[:200]) from error
 
 
 REGISTRY: dict[str, type[Method]] = {}
