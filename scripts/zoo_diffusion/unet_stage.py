@@ -219,6 +219,8 @@ def save(model: CaptionedUNet, vae: AutoencoderKL, scheduler: DDIMScheduler, fol
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # it advises against .to(), which is what rounds here
     model.to(torch.bfloat16)
     pipeline(model, vae.to(torch.bfloat16), scheduler).save_pretrained(folder)
+    path = folder / "vae" / "config.json"  # diffusers writes down where on this machine the autoencoder came from
+    write_json(path, {k: v for k, v in read_json(path).items() if k != "_name_or_path"})
     vae.float()
     # The encoder would otherwise load as bfloat16 beside a UNet in float32.
     config = read_json(folder / "text_encoder" / "config.json", "text encoder config")
