@@ -10,7 +10,6 @@ A shard counts once its index is there, and is then never written again.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -245,12 +244,3 @@ def begin(folder: Path, config: Mapping[str, Any], prompts: Mapping[str, Sequenc
 def _brief(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def size_text(count: float) -> str:
-    """Bytes as `12.3 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{math.ceil(count)} TB"

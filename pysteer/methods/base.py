@@ -125,9 +125,9 @@ class Method(ABC):
                 )
         try:
             return cls(**config)
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:  # InputError passes through as it is
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"options of method {cls.name} ({error})", value=str(dict(config))[:200]) from error
 
 
