@@ -1,0 +1,225 @@
+"""What it costs to watch the channels and the weights of a small autoencoder while it trains.
+
+    python -m bench.dynamics            # measures and stores
+    python -m bench.dynamics table      # prints the newest stored result
+
+The model is an AutoencoderKL with 32, 64 and 64 channels (0.95 M parameters) on batches of 4 pictures of 32 x 32. The
+contenders take turns, so that a busy machine slows all of them alike. A step is forward, backward and AdamW; what is
+counted is the processor time of the process and the wall time, and the middle of all rounds is compared.
+
+"usual way" is the way of published trackers, written from their formulas: a hook per layer that takes mean |x| per
+channel, mean and standard deviation of the whole tensor to NumPy in every forward pass; and for weights |w| < t per
+parameter, with a message made of every parameter that is never shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.record import append, machine, stored
+from pysteer.dynamics import Monitor, WeightHealth
+from pysteer.dynamics.points import is_kind
+
+EVERY = 20
+_LOGGER = logging.getLogger("bench.dynamics")
+
+
+def small_vae() -> nn.Module:
+    """The autoencoder of the measurement, weights from seed 0."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 64, 64), norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
+        sample_size=32,
+    )  # fmt: skip
+
+
+class UsualTracker:
+    """Mean |x| per channel, mean and std of the tensor, taken to NumPy by a hook in every forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffer: dict[str, list[Any]] = defaultdict(list)
+        modules = [(n, m) for n, m in model.named_modules() if is_kind(m, "conv") or isinstance(m, nn.GroupNorm)]
+        self.hooks = [module.register_forward_hook(self._hook(name)) for name, module in modules]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            x = output.detach()
+            dims = [d for d in range(x.dim()) if d != 1]
+            self.buffer[f"{name}.abs"].append(x.abs().mean(dims).cpu().numpy())
+            self.buffer[f"{name}.mean"].append(x.mean().item())
+            self.buffer[f"{name}.std"].append(x.std().item())
+
+        return keep
+
+    def step(self, step: int) -> None:
+        if step % EVERY == 0:
+            self.buffer.clear()
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Watched:
+    """Pysteer's monitor with the same interface."""
+
+    def __init__(self, model: nn.Module, window: str) -> None:
+        self.monitor = Monitor(model, "conv+GroupNorm", every=EVERY, window=window).attach()
+
+    def step(self, step: int) -> None:
+        self.monitor.step(step)
+        if step % (50 * EVERY) == 0:
+            self.monitor.history._kept.clear()
+
+    def remove(self) -> None:
+        self.monitor.detach()
+
+
+class _Nothing:
+    def step(self, step: int) -> None:
+        pass
+
+    def remove(self) -> None:
+        pass
+
+
+CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {
+    "no monitor": lambda model: _Nothing(),
+    "usual way, 3 statistics, every forward": UsualTracker,
+    "pysteer, 8 statistics, every forward": lambda model: _Watched(model, "all"),
+    f"pysteer, 8 statistics, every {EVERY}th step": lambda model: _Watched(model, "last"),
+}
+
+
+def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
+    posterior = model.encode(images).latent_dist
+    loss = (model.decode(posterior.sample()).sample - images).square().mean() + 1e-6 * posterior.kl().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def monitoring(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a training step under every contender; each round is `EVERY` steps of each, one after another."""
+    model = small_vae()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    taken: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in CONTENDERS}
+    for number in range(-1, rounds):
+        names = list(CONTENDERS)
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            watcher = CONTENDERS[name](model)
+            cpu, wall = time.process_time(), time.perf_counter()
+            for step in range(1, EVERY + 1):
+                _train_step(model, optimizer, images)
+                watcher.step(step)
+            spent = (time.process_time() - cpu, time.perf_counter() - wall)
+            watcher.remove()
+            if number >= 0:  # the first round warms up
+                for kind, seconds in zip(("cpu", "wall"), spent, strict=True):
+                    taken[name][kind].append(1e3 * seconds / EVERY)
+    base = taken["no monitor"]
+    rows = []
+    for name, kinds in taken.items():
+        row: dict[str, Any] = {"contender": name}
+        for kind, values in kinds.items():
+            ratios = [own / plain for own, plain in zip(values, base[kind], strict=True)]
+            row |= {f"{kind}_ms": statistics.median(values), f"{kind}_ratio": statistics.median(ratios)}
+        rows.append(row)
+    return rows
+
+
+class UsualWeightTracker:
+    """Per cent of |w| < t of every parameter, as the published tracker goes about it."""
+
+    def __init__(self, model: nn.Module, threshold: float, message: bool) -> None:
+        self.model, self.threshold, self.message = model, threshold, message
+
+    def __call__(self) -> dict[str, float]:
+        if self.message:
+            _LOGGER.debug(f"parameters: {list(self.model.named_parameters())}")
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if is_kind(module, "conv") or isinstance(module, (nn.Linear, nn.GroupNorm)):
+                small = (parameter.detach().abs() < self.threshold).sum().item()
+                found[name] = 100 * small / parameter.numel()
+        return found
+
+
+def weights(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of looking at all weights once."""
+    model = small_vae()
+    health = WeightHealth(model, 1e-3)
+    contenders: dict[str, Callable[[], Any]] = {
+        "usual way": UsualWeightTracker(model, 1e-3, message=True),
+        "usual way without its message": UsualWeightTracker(model, 1e-3, message=False),
+        "pysteer, three modes": health.measure,
+    }
+    usual = contenders["usual way"]()
+    ours = dict(zip(health.parameters, health.measure().percent["threshold"].tolist(), strict=True))
+    assert usual.keys() == ours.keys()
+    assert all(abs(usual[name] - ours[name]) < 1e-9 for name in usual)
+    taken: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            start = time.process_time()
+            call()
+            taken[name].append(1e3 * (time.process_time() - start))
+    base = statistics.median(taken["usual way"])
+    return [
+        {"contender": name, "cpu_ms": (middle := statistics.median(values)), "times_faster": base / middle}
+        for name, values in taken.items()
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """A stored result as two tables in Markdown."""
+    lines = [
+        "| training step of the small VAE | CPU, ms | of no monitor | wall, ms | of no monitor |",
+        "|---" * 5 + "|",
+    ]
+    for row in result["monitoring"]:
+        figures = f"{row['cpu_ms']:.1f} | {100 * row['cpu_ratio'] - 100:+.1f} % | {row['wall_ms']:.1f}"
+        lines.append(f"| {row['contender']} | {figures} | {100 * row['wall_ratio'] - 100:+.1f} % |")
+    lines += ["", "| all weights once | CPU, ms | times faster |", "|---|---|---|"]
+    for row in result["weights"]:
+        lines.append(f"| {row['contender']} | {row['cpu_ms']:.2f} | {row['times_faster']:.1f} |")
+    where = result["machine"]
+    about = (
+        f"{where['processor']}, {where['threads']} threads, torch {result['versions']['torch']}, {result['date'][:10]}"
+    )
+    return "\n".join([*lines, "", f"Medians of {result['rounds']} rounds of {EVERY} steps each. {about}."])
+
+
+def main() -> None:
+    """Measure, print, store; or print what is stored."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="measure", choices=["measure", "table"])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--dry-run", action="store_true", help="do not store the result")
+    asked = parser.parse_args()
+    if asked.what == "table":
+        print(table(stored("dynamics")[-1]))
+        return
+    result = {**machine(), "rounds": asked.rounds, "monitoring": monitoring(asked.rounds), "weights": weights(15)}
+    print(table(result))
+    if not asked.dry_run:
+        append("dynamics", result)
+
+
+if __name__ == "__main__":
+    main()
