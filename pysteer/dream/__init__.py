@@ -1,0 +1,1 @@
+"""Features of diffusion models: training sparse autoencoders, capture, analysis by timestep, priors, dreams."""
