@@ -78,7 +78,7 @@ class Analysis:
         self, feature: int, *, threshold: float = 0.0, separation: int = 100, most: int = 3, total: int = 1000
     ) -> list[tuple[int, float]]:
         """Timestep and height of the highest peaks of the profile, highest first (`scipy.signal.find_peaks`)."""
-        from scipy.signal import find_peaks
+        from scipy.signal import find_peaks  # type: ignore[import-untyped]
 
         profile = self.profile(feature, total)
         places, found = find_peaks(profile, height=threshold, distance=max(separation, 1), plateau_size=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pysteer.errors import InputError, PysteerError
 from pysteer.families.base import find_family
-from pysteer.families.diffusion_runs import Call, inner_of
+from pysteer.families.diffusion_runs import Call
 from pysteer.steering.attach import attach
 from pysteer.steering.site import Site
 
@@ -74,10 +74,11 @@ class Denoiser:
     def __init__(self, pipe: Any, prompt: str = "", settings: Mapping[str, Any] | None = None) -> None:
         self.generator = pipe
         self.pipe = getattr(pipe, "pipe", pipe)
-        found = find_family(pipe).parts(pipe).get("visual") if hasattr(find_family(pipe), "parts") else None
+        family = find_family(pipe)
+        found = family.root(pipe, "visual") if family.name == "diffusers" else None
         if found is None:
             raise InputError("pipeline", value=type(self.pipe).__name__, allowed="one of diffusers with a denoiser")
-        self.module: nn.Module = inner_of(found)
+        self.module = found
         self.settings = unguided(pipe, settings or {})
         self._call = Call(self.module)
         self._time = next((name for name in self._call.names if name in _TIMES), "")

@@ -43,6 +43,6 @@ class TopExamples:
         fresh[inverse, place], fresh_rows[inverse, place] = values, rows
         both = torch.cat((self.values[touched], fresh), 1)
         numbers = torch.cat((self.rows[touched], fresh_rows), 1)
-        best = both.sort(1, descending=True, stable=True)  # what was there before comes first among equals
+        best = both.sort(dim=1, descending=True, stable=True)  # what was there before comes first among equals
         self.values[touched] = best.values[:, : self.most]
         self.rows[touched] = numbers.gather(1, best.indices[:, : self.most])

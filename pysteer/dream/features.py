@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class Features:
         rows = sae.encoder.float()[chosen]  # [R, K, D]
         a = torch.einsum("rld,rkd->rkl", centred, rows) + sae.encoder_bias.float()[chosen][:, :, None]
         if sae.takes_k:
-            kept = sae.encode(tokens, capacity=sae.k)[0][..., sae.k - 1]  # the smallest that is kept
+            kept = replace(sae, activation="topk").encode(tokens)[0][..., -1]  # the smallest that is kept
             return torch.where(a >= kept[:, None, :] - 1e-6, a.relu(), 0.0).half()
         limit = torch.zeros_like(a) if sae.threshold is None else sae.threshold.float()[chosen][:, :, None]
         return torch.where(a > limit, a, 0.0).half()

@@ -152,7 +152,7 @@ def jump_loss(weights: Weights, x: Tensor, dead: Tensor, *, k: int, penalty: flo
     """
     assert weights.log_threshold is not None
     z = F.linear(x - weights.bias, weights.encoder, weights.encoder_bias).relu()
-    values, active = _Jump.apply(z, weights.log_threshold.exp(), bandwidth)  # type: ignore[no-untyped-call]
+    values, active = _Jump.apply(z, weights.log_threshold.exp(), bandwidth)
     y = values @ weights.decoder + weights.bias
     fvu = unexplained(x, y)
     aux = _aux(weights, x, x - y, dead, most) if alpha else x.new_zeros(())

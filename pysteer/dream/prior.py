@@ -117,7 +117,7 @@ def draw_priors(pipe: Any, features: Features, rows: Sequence[PriorRow], plan: P
     for row in rows:
         if row.feature not in parameters:  # rows of one feature share its vector in the bank
             parameters[row.feature] = vector(features.site.name, features.direction(row.feature))
-        schedule = {step: (value, value) for step, value in row.strengths.items()}
+        schedule: dict[int | None, tuple[float, float]] = {s: (value, value) for s, value in row.strengths.items()}
         plans.append(Plan([parameters[row.feature]], {features.site.name: schedule}))
     with torch.no_grad(), steer(pipe, plans):
         out = pipe([plan.prompt] * len(rows), seeds=[row.seed for row in rows], **unguided(pipe, plan.settings))

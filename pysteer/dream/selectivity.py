@@ -79,7 +79,7 @@ def selectivity(scores: Tensor, labels: Mapping[str, Sequence[str]]) -> Selectiv
 
     Args:
         scores: activations of N rows, `[N, M]`, for example means over the tokens and steps of an image.
-        labels: attribute -> word of every row; values with "" are left out as labels (the row still counts).
+        labels: attribute -> word of every row; a row with "" is left out for that attribute.
 
     Raises:
         InputError: numbers of rows that do not fit.
@@ -88,8 +88,10 @@ def selectivity(scores: Tensor, labels: Mapping[str, Sequence[str]]) -> Selectiv
     for attribute, words in labels.items():
         if len(words) != len(scores):
             raise InputError(f"labels {attribute}", value=len(words), allowed=f"{len(scores)}, one per row")
-        for word in sorted({word for word in words if word}):
+        known = torch.tensor([bool(word) for word in words], device=scores.device)
+        told = [word for word in words if word]
+        for word in sorted(set(told)):
             names.append(f"{attribute}={word}")
-            areas.append(auroc(scores, torch.tensor([each == word for each in words], device=scores.device)))
+            areas.append(auroc(scores[known], torch.tensor([each == word for each in told], device=scores.device)))
     table = torch.stack(areas, 1) if areas else torch.zeros(scores.shape[1], 0, dtype=torch.float64)
     return Selectivity(tuple(names), table, (scores > 0).any(0))

@@ -173,7 +173,7 @@ class Trainer:
         dead = self.dead
         outcome = self._loss(x, dead)
         self.adam.zero_grad(set_to_none=True)
-        outcome.loss.backward()  # type: ignore[no-untyped-call]
+        outcome.loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.weights.named().values()), self.config.clip)
         drop_parallel(self.weights.decoder)
         self.adam.step()

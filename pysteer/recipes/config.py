@@ -260,9 +260,10 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
 
 
 def field_notes(kind: type) -> dict[str, str]:
-    """What the `Attributes:` part of a class docstring says about each field, joined to one line."""
+    """What the `Attributes:` part of a class docstring says about each field, joined to one line; bases first."""
     lines = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2].splitlines()
-    notes: dict[str, str] = {}
+    bases = [base for base in kind.__bases__ if dataclasses.is_dataclass(base)]
+    notes: dict[str, str] = {name: note for base in bases for name, note in field_notes(base).items()}
     name = ""
     for line in lines:
         start = re.match(r"    (\w+): (.*)", line)
@@ -281,6 +282,13 @@ def config_values(config: Any) -> dict[str, Any]:
     values = plain(config)
     assert isinstance(values, dict)
     return values
+
+
+def identity_values(config: Any) -> dict[str, Any]:
+    """The values that decide what a run computes: fields with metadata `identity` False (how, not what) are left out."""
+    known = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    apart = {field.name for field in known if not field.metadata.get("identity", True)}
+    return {name: value for name, value in config_values(config).items() if name not in apart}
 
 
 def config_yaml(config: Any) -> str:

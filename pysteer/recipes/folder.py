@@ -12,14 +12,14 @@ from typing import Any
 import pysteer
 from pysteer import files
 from pysteer.errors import InputError
-from pysteer.recipes.config import config_values
+from pysteer.recipes.config import identity_values
 
 MARK = "run.json"
 
 
 def marked(recipe: str, config: Any) -> dict[str, Any]:
     """What the marker file of a run folder holds: recipe, package version and configuration."""
-    values = {"recipe": recipe, "pysteer": pysteer.__version__, "config": config_values(config)}
+    values = {"recipe": recipe, "pysteer": pysteer.__version__, "config": identity_values(config)}
     return json.loads(json.dumps(values))
 
 

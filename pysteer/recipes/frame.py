@@ -37,6 +37,7 @@ from pysteer.recipes.config import (
     config_hash,
     config_values,
     config_yaml,
+    identity_values,
     merge_values,
     parse_words,
     read_values,
@@ -161,7 +162,7 @@ class Run:
         self.folder = folder
         self.console = console or Console()
         self.seed = int(getattr(config, "seed", 0) or 0)
-        self.hash = config_hash(recipe_name, pysteer.__version__, config_values(config))
+        self.hash = config_hash(recipe_name, pysteer.__version__, identity_values(config))
         self.log = open_log(folder, self.console)
         self.progress = Progress(self.console)
         self.started = time.monotonic()

@@ -304,3 +304,25 @@ def test_progress_bar_on_a_terminal() -> None:
 def test_times_in_words() -> None:
     assert [clock_text(value) for value in (0.2, 59, 61, 3725)] == ["0 s", "59 s", "1:01", "1:02:05"]
     assert [rate_text(10, 4), rate_text(1, 4), rate_text(0, 4)] == ["2.5/s", "4.0 s each", ""]
+
+
+@dataclass(frozen=True)
+class HowAndWhat:
+    amount: int = 1
+    workers: int = field(default=1, metadata={"identity": False})
+
+
+def test_fields_that_say_how_and_not_what_leave_the_folder_to_the_same_run(tmp_path):
+    seen = []
+
+    def run(config, run):
+        with run.stage("work") as stage:
+            seen.append((config.workers, stage.done))
+        return Summary()
+
+    recipe("how-and-what", HowAndWhat)(run)
+    for words in (["workers=1"], ["workers=3"]):
+        execute("how-and-what", words, out=tmp_path, console=Console(file=io.StringIO()))
+    assert seen == [(1, False), (3, True)]
+    with pytest.raises(InputError, match="another run"):
+        execute("how-and-what", ["amount=2"], out=tmp_path, console=Console(file=io.StringIO()))
