@@ -1,0 +1,1 @@
+"""Collections of LoRA adapters: read them, understand them, steer with them."""

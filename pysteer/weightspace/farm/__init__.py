@@ -1,0 +1,1 @@
+"""Training many small LoRAs side by side, on a frozen denoiser that is run once for all of them."""
