@@ -324,7 +324,8 @@ def _take_schedule(clock: Clock, pipe: Any, device: torch.device) -> None:
     scheduler = pipe.scheduler
     known = getattr(scheduler, "num_inference_steps", None) is not None  # before the first run it lists all timesteps
     repeats = getattr(scheduler, "order", 1) > 1
-    clock.take(scheduler.timesteps if known else None, repeats=repeats, device=device)
+    timesteps = getattr(scheduler, "all_timesteps", scheduler.timesteps)  # a run that goes on has fewer left
+    clock.take(timesteps if known else None, repeats=repeats, device=device)
 
 
 def _text_sites(part: str, encoder: Any, reads_early: bool) -> dict[str, Site]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import InputError
+from pysteer.models.denoising import Denoising
 from pysteer.steering.site import did_you_mean
 
 _OURS = {"generator": "seeds", "output_type": "decode", "prompt": "prompts", "negative_prompt": "negative_prompts"}
+
+_NOT_FORKED = ("PNDMScheduler", "DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
 
 @dataclass
@@ -83,26 +86,63 @@ class ImageGenerator:
         Raises:
             InputError: seeds or negative prompts that do not fit, or a setting that the pipeline does not have.
         """
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise InputError("batch_size", value=batch_size, allowed="a whole number above 0")
+        prompts, numbers, negative = self._rows(prompts, seeds, negative_prompts, settings)
+        count = len(prompts)
+        batches, size = [], batch_size or count
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            more = {} if negative is None else {"negative_prompt": negative[part]}
+            noise = [torch.Generator().manual_seed(seed) for seed in numbers[part]]  # on the CPU: the same everywhere
+            batches.append(self.run(prompts[part], noise, decode, {**settings, **more}))
+        images = torch.cat([batch.images for batch in batches if batch.images is not None]) if decode else None
+        latents = [batch.latents for batch in batches if batch.latents is not None]
+        return DiffusionOutput(images, torch.cat(latents) if latents else None)
+
+    def begin(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seeds: int | Sequence[int] = 0,
+        decode: bool = True,
+        negative_prompts: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Denoising:
+        """The same as a call, but in parts: to be advanced step by step, and forked."""
+        return Denoising(self, *self._rows(prompts, seeds, negative_prompts, settings), decode, settings)
+
+    def why_not_forked(self, settings: Mapping[str, Any]) -> str:
+        """Why a run cannot stop between its steps and go on with other rows; "" where it can."""
+        scheduler, known = self.pipe.scheduler, self._arguments()
+        if "callback_on_step_end" not in known or "latents" not in known:
+            return f"{type(self.pipe).__name__} takes no latents or no callback"
+        if getattr(scheduler, "order", 1) != 1 or type(scheduler).__name__ in _NOT_FORKED:
+            return f"{type(scheduler).__name__} takes several parts per step, or noise of its own"
+        taken = {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "latents", "timesteps", "sigmas"}
+        return f"settings {', '.join(sorted(taken & set(settings)))}" if taken & set(settings) else ""
+
+    def _rows(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int],
+        negative_prompts: str | Sequence[str] | None,
+        settings: Mapping[str, Any],
+    ) -> tuple[list[str], list[int], list[str] | None]:
+        """Prompts, seeds and negative prompts, one per image."""
         prompts = _texts("prompts", prompts)
         count = len(prompts)
         numbers = list(range(seeds, seeds + count)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
         if len(numbers) != count:
             raise InputError("seeds", value=len(numbers), allowed=f"one number or {count} numbers (one per prompt)")
-        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-            raise InputError("batch_size", value=batch_size, allowed="a whole number above 0")
         negative = None if negative_prompts is None else _texts("negative_prompts", negative_prompts, count)
         self._check(settings, negative is not None)
-        batches, size = [], batch_size or count
-        for start in range(0, count, size):
-            part = slice(start, start + size)
-            more = {} if negative is None else {"negative_prompt": negative[part]}
-            batches.append(self._batch(prompts[part], numbers[part], decode, {**settings, **more}))
-        images = torch.cat([batch.images for batch in batches if batch.images is not None]) if decode else None
-        latents = [batch.latents for batch in batches if batch.latents is not None]
-        return DiffusionOutput(images, torch.cat(latents) if latents else None)
+        return prompts, numbers, negative
 
-    def _batch(self, prompts: list[str], seeds: list[int], decode: bool, settings: dict[str, Any]) -> DiffusionOutput:
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
+    def run(
+        self, prompts: list[str], noise: list[torch.Generator], decode: bool, settings: dict[str, Any]
+    ) -> DiffusionOutput:
+        """One call of the pipeline, every image with a noise stream of its own, which is used up."""
         last: list[Tensor] = []
         if decode:
             settings = {**settings, **self._keeping(last, settings)}
@@ -135,7 +175,7 @@ class ImageGenerator:
     def _arguments(self) -> dict[str, inspect.Parameter]:
         return dict(list(inspect.signature(type(self.pipe).__call__).parameters.items())[1:])
 
-    def _check(self, settings: dict[str, Any], negative: bool) -> None:
+    def _check(self, settings: Mapping[str, Any], negative: bool) -> None:
         known = self._arguments()
         for name in settings:
             if name in _OURS:

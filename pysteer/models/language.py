@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import InputError
+from pysteer.models.writing import Writing
 
 
 class LanguageModel:
@@ -111,6 +112,11 @@ class LanguageModel:
         new = out[:, batch["input_ids"].shape[1] :]
         texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return texts
+
+    def begin(self, prompts: Sequence[str], *, seeds: int | Sequence[int] = 0, **settings: Any) -> Writing:
+        """Continue the prompts in parts, with a random stream per row: see `Writing`, which takes the settings."""
+        numbers = list(range(seeds, seeds + len(prompts))) if isinstance(seeds, int) else list(seeds)
+        return Writing(self, prompts, numbers, **settings)
 
     @torch.no_grad()
     def negative_log_likelihood(self, texts: Sequence[str]) -> Tensor:

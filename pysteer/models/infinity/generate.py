@@ -43,6 +43,131 @@ def insertion_layers(items: Sequence[int], depth: int) -> tuple[tuple[int, ...],
     return tuple(sorted(layers)), 0 in items
 
 
+class Decoding:
+    """A generation that can stop after any scale and fork: rows that go the same way up to there are computed once.
+
+    `advance(until)` computes scales, `fork(rows)` makes a generation whose row i goes on from row `rows[i]`. The image
+    of a row depends on its own seed alone, so it is the same with and without forks, up to rounding.
+
+    Args:
+        model, text, seeds, negative, cfg, tau, top_p, greedy, cfg_insertion_layer, forced_bits, scales, step, on_scale:
+            see `generate`.
+
+    Attributes:
+        at: how many scales are done.
+        bits, summed: what they gave, see `Generation`.
+        finite: bool `[B]`, false for a row whose logits were NaN or infinite at some scale.
+    """
+
+    def __init__(
+        self,
+        model: Infinity,
+        text: TextCondition,
+        *,
+        seeds: Tensor,
+        negative: TextCondition | None = None,
+        cfg: float | Sequence[float] = 3.0,
+        tau: float | Sequence[float] = 0.5,
+        top_p: float = 0.97,
+        greedy: bool = False,
+        cfg_insertion_layer: Sequence[int] = (0,),
+        forced_bits: Sequence[Tensor] | None = None,
+        scales: Sequence[tuple[int, int]] | None = None,
+        step: Callable[..., Tensor] | None = None,
+        on_scale: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        self.model, self.seeds, self.top_p, self.greedy = model, seeds, top_p, greedy
+        self.forced, self.on_scale = forced_bits, on_scale
+        self.schedule = list(scales or model.config.scales)
+        self.cfgs, self.taus = per_scale(cfg, len(self.schedule), "cfg"), per_scale(tau, len(self.schedule), "tau")
+        self.insertion, self.on_logits = insertion_layers(cfg_insertion_layer, model.config.depth)
+        self.run = step or model.scale_step
+        self.quantiser = MultiScaleBSQ(model.config.code_dim, self.schedule, patchify=model.config.patchify)
+        self.batch = len(text.lengths)
+        if any(factor != 1 for factor in self.cfgs):
+            text = TextCondition.cat([text, negative if negative is not None else model.unconditional(text)])
+        self.rows = len(text.lengths)
+        self._announce()
+        with torch.no_grad():
+            model.clock.zero_()
+            self.condition = model.condition(text)
+            self.caches = model.new_caches(self.rows, sum(h * w for h, w in self.schedule))
+            self.x = model.first_input(self.condition)
+        self.summed = torch.zeros(self.batch, model.config.code_dim, *self.quantiser.grid(-1), device=self.x.device)
+        self.finite = torch.ones(self.batch, dtype=torch.bool, device=self.x.device)
+        self.bits: list[Tensor] = []
+        self.at = self.start = 0
+
+    def _announce(self) -> None:
+        self._announced = self.rows
+        for listener in list(self.model.row_listeners):
+            listener("visual", self.batch, self.rows - self.batch, None)
+
+    @torch.no_grad()
+    def advance(self, until: int | None = None) -> Decoding:
+        """Compute the scales before `until`, by default all that are left."""
+        end = len(self.schedule) if until is None else until
+        if not self.at <= end <= len(self.schedule):
+            raise InputError("scale to go on to", value=end, allowed=f"{self.at} to {len(self.schedule)}")
+        if self.at and end > self.at:  # whoever steers now may not be who steered before
+            self._announce()
+        while self.at < end:
+            self._scale()
+        return self
+
+    def _scale(self) -> None:
+        model, i = self.model, self.at
+        h, w = self.schedule[i]
+        model.clock.fill_(i)
+        guidance = torch.full((), self.cfgs[i], device=self.x.device)
+        insertion = self.insertion if self.cfgs[i] != 1 else ()
+        rope = model.rope(self.schedule)[:, self.start : self.start + h * w]
+        out = self.run(self.x, model.clock, self.condition, rope, self.caches, self.start, guidance, insertion)
+        self.start += h * w
+        logits = _guided_logits(model, out, self.condition.pooled, self.batch, self.cfgs[i], self.on_logits)
+        logits = logits / self.taus[i]
+        self.finite &= torch.isfinite(logits.sum((1, 2)))
+        if self.on_scale is not None:
+            self.on_scale(i, logits)
+        if self.forced is not None and i < len(self.forced):
+            bits = self.forced[i].to(self.x.device).reshape(self.batch, h * w, -1)
+        elif self.greedy:
+            bits = greedy_bits(logits)
+        else:
+            uniform = row_uniform(self.seeds, i, logits.shape[1] * logits.shape[2] // 2)
+            bits = sample_bits(logits, uniform, self.top_p)
+        self.bits.append(bits)
+        self.summed = self.quantiser.accumulate(self.summed, bits, i)
+        self.at += 1
+        if self.at < len(self.schedule):
+            self.x = model.embed(self.quantiser.next_input(self.summed, self.at), self.rows)
+        else:
+            self.caches = []  # the decoder needs the memory
+
+    @torch.no_grad()
+    def fork(self, rows: Tensor, seeds: Tensor | None = None) -> Decoding:
+        """A generation of `len(rows)` images, number i going on from image `rows[i]`.
+
+        Args:
+            rows: int64 `[N]`, each below the number of images; in any order, with repetitions.
+            seeds: int64 `[N]` for what is sampled from now on; by default those of `rows`.
+        """
+        forked: Decoding = object.__new__(Decoding)
+        forked.__dict__.update(self.__dict__)
+        rows = rows.to(self.x.device)
+        halves = [rows + self.batch * k for k in range(self.rows // self.batch)]
+        both = torch.cat(halves)
+        forked.batch, forked.rows = len(rows), len(both)
+        forked.seeds = self.seeds[rows] if seeds is None else seeds.to(self.x.device)
+        forked.condition = self.condition.take(both)
+        forked.caches = [cache.take(both, self.start) for cache in self.caches]
+        forked.x, forked.summed, forked.finite = self.x[both], self.summed[rows], self.finite[rows]
+        forked.bits = [bits[rows] for bits in self.bits]
+        if self.forced is not None:
+            forked.forced = [bits[rows.to(bits.device)] for bits in self.forced]
+        return forked
+
+
 @torch.no_grad()
 def generate(
     model: Infinity,
@@ -75,43 +200,11 @@ def generate(
         step: compiled ``model.scale_step``; default the plain method.
         on_scale: called as ``f(scale, logits [B, L, 2 d])``.
     """
-    schedule = list(scales or model.config.scales)
-    cfgs, taus = per_scale(cfg, len(schedule), "cfg"), per_scale(tau, len(schedule), "tau")
-    layers, on_logits = insertion_layers(cfg_insertion_layer, model.config.depth)
-    batch, guided = len(text.lengths), any(c != 1 for c in cfgs)
-    if guided:
-        text = TextCondition.cat([text, negative if negative is not None else model.unconditional(text)])
-    rows = len(text.lengths)
-    for listener in list(model.row_listeners):
-        listener("visual", batch, rows - batch, None)
-    model.clock.zero_()
-    condition = model.condition(text)
-    caches = model.new_caches(rows, sum(h * w for h, w in schedule))
-    rope, x = model.rope(schedule), model.first_input(condition)
-    quantiser = MultiScaleBSQ(model.config.code_dim, schedule, patchify=model.config.patchify)
-    run, start, bits = step or model.scale_step, 0, []
-    summed = torch.zeros(batch, model.config.code_dim, *quantiser.grid(-1), device=x.device)
-    for i, (h, w) in enumerate(schedule):
-        model.clock.fill_(i)
-        guidance = torch.full((), cfgs[i], device=x.device)
-        insertion = layers if cfgs[i] != 1 else ()
-        piece = rope[:, start : start + h * w]
-        h_out = run(x, model.clock, condition, piece, caches, start, guidance, insertion)
-        start += h * w
-        logits = _guided_logits(model, h_out, condition.pooled, batch, cfgs[i], on_logits) / taus[i]
-        if on_scale is not None:
-            on_scale(i, logits)
-        if forced_bits is not None and i < len(forced_bits):
-            scale_bits = forced_bits[i].to(x.device).reshape(batch, h * w, -1)
-        elif greedy:
-            scale_bits = greedy_bits(logits)
-        else:
-            scale_bits = sample_bits(logits, row_uniform(seeds, i, logits.shape[1] * logits.shape[2] // 2), top_p)
-        bits.append(scale_bits)
-        summed = quantiser.accumulate(summed, scale_bits, i)
-        if i + 1 < len(schedule):
-            x = model.embed(quantiser.next_input(summed, i + 1), rows)
-    return Generation(bits, summed)
+    done = Decoding(
+        model, text, seeds=seeds, negative=negative, cfg=cfg, tau=tau, top_p=top_p, greedy=greedy,
+        cfg_insertion_layer=cfg_insertion_layer, forced_bits=forced_bits, scales=scales, step=step, on_scale=on_scale,
+    ).advance()  # fmt: skip
+    return Generation(done.bits, done.summed)
 
 
 def _guided_logits(model: Infinity, x: Tensor, pooled: Tensor, batch: int, cfg: float, on_logits: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pysteer import files
 from pysteer.errors import InputError
 from pysteer.models.infinity.config import InfinityConfig
-from pysteer.models.infinity.generate import generate
+from pysteer.models.infinity.generate import Decoding
 from pysteer.models.infinity.text import encode_text
 from pysteer.models.infinity.transformer import Infinity, TextCondition
 
@@ -121,22 +121,36 @@ class InfinityPipeline:
         ``settings`` are those of :func:`pysteer.models.infinity.generate.generate` (cfg, tau, top_p, greedy,
         cfg_insertion_layer, forced_bits, scales, on_scale). Prompts may be encoded beforehand.
         """
+        out = self.begin(prompts, seeds=seeds, negative_prompts=negative_prompts, **settings).advance()
+        return self.finish(out, decode)
+
+    def begin(
+        self,
+        prompts: str | Sequence[str] | TextCondition,
+        *,
+        seeds: int | Sequence[int] = 0,
+        negative_prompts: str | Sequence[str] | None = None,
+        **settings: Any,
+    ) -> Decoding:
+        """What `__call__` does, up to the first scale: to be advanced, forked and then given to `finish`."""
         if isinstance(prompts, TextCondition):
             text = prompts
         else:
             text = self.encode_text([prompts] if isinstance(prompts, str) else list(prompts))
-        batch = len(text.lengths)
         negative = None if negative_prompts is None else self._negative(negative_prompts, text)
-        out = generate(
+        return Decoding(
             self.transformer,
             text,
-            seeds=self.seeds(seeds, batch),
+            seeds=self.seeds(seeds, len(text.lengths)),
             negative=negative,
             step=self._step,
             **{**self.defaults, **settings},
         )
-        images = self.decode(out.features) if decode else torch.empty(0, dtype=torch.uint8)
-        return ImageOutput(images, out.bits, out.features)
+
+    def finish(self, done: Decoding, decode: bool = True) -> ImageOutput:
+        """The output of a generation that has computed all its scales."""
+        images = self.decode(done.summed) if decode else torch.empty(0, dtype=torch.uint8)
+        return ImageOutput(images, done.bits, done.summed)
 
     def _negative(self, given: str | Sequence[str], text: TextCondition) -> TextCondition | None:
         """Text of the unconditional rows; an empty negative prompt means the learned unconditional text."""

@@ -57,6 +57,11 @@ class ModelCondition:
     keys_values: list[tuple[Tensor, Tensor]]
     mask: Tensor
 
+    def take(self, rows: Tensor) -> ModelCondition:
+        """That of rows ``[N]`` int64, in their order."""
+        pairs = [(k[rows], v[rows]) for k, v in self.keys_values]
+        return ModelCondition(self.pooled[rows], self.modulation[rows], pairs, self.mask[rows])
+
 
 class RMSNorm(nn.Module):
     """RMS norm in fp32 with the epsilon inside the root, cast back to the input's dtype."""
@@ -130,6 +135,16 @@ class KeyValueCache:
         self.k[:, :, start:end].copy_(k)
         self.v[:, :, start:end].copy_(v)
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def take(self, rows: Tensor, end: int) -> KeyValueCache:
+        """A cache of the same room for ``rows [N]`` int64 that holds their first ``end`` tokens."""
+        taken: KeyValueCache = object.__new__(KeyValueCache)
+        for name in ("k", "v"):
+            held: Tensor = getattr(self, name)
+            room = held.new_empty(len(rows), *held.shape[1:])
+            room[:, :, :end].copy_(held[rows, :, :end])
+            setattr(taken, name, room)
+        return taken
 
 
 class SelfAttention(nn.Module):
