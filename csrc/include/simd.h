@@ -257,7 +257,7 @@ template <class T>
 inline Vec load(const T* p) {
     return to_float(*p);
 }
-inline Vec load_first(const float*, int) { return 0.0f; }
+inline Vec load_first(const float* p, int n) { return n > 0 ? *p : 0.0f; }
 template <class T>
 inline void store(T* p, Vec v) {
     *p = from_float<T>(v);

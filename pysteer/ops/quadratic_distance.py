@@ -16,7 +16,8 @@ from pysteer.errors import InputError
 from pysteer.ops import backends
 from pysteer.ops.checks import check_activation
 from pysteer.ops.declare import declare, plain_torch_needed
-from pysteer.ops.launch import Launch, choose, on_device, packed
+from pysteer.ops.launch import Launch, addresses, choose, on_device, packed
+from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import full_precision
 from pysteer.ops.registry import Case, OpSpec, activation
 
@@ -86,6 +87,61 @@ def _joined(w: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((w, factor.flatten(0, -2))).T, torch.cat((w.new_full((count,), -2.0).diag(), -owners))
 
 
+def _compiled_pieces(
+    moved: Tensor, middle: Tensor, w: Tensor, offset: Tensor, factor: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """The C++ passes around torch's matrix product; `moved` [R, *tokens, D] has its channels side by side."""
+    extension, threads = backends.extension(), torch.get_num_threads()
+    width, count = moved.shape[-1], len(w)
+    vectors = (
+        w
+        if factor is None
+        else torch.cat((w, (factor if factor.dim() == 2 else factor.transpose(0, 1)).flatten(0, -2)))
+    )
+    rank, own = 0 if factor is None else factor.shape[-2], factor is not None and factor.dim() == 3
+    c = None if scale is None else scale.contiguous()
+    out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
+    size = min(max(_CHUNK // max(width, len(vectors), 1), 1), len(out))
+    tokens, products = torch.empty((size, width)), torch.empty((size, len(vectors)))
+    squares, start = torch.empty(size), 0
+    for piece in _pieces(moved, size):
+        n, code = len(piece), DTYPE_CODES[piece.dtype]
+        extension.quadratic_distance_tokens(
+            *addresses(piece, middle, tokens, squares), n, width, piece.stride(0), code, threads
+        )
+        torch.mm(tokens[:n], vectors.T, out=products[:n])
+        given = addresses(products, squares, offset, c, out[start : start + n])
+        extension.quadratic_distance(*given, n, count, rank, own, c is not None and c.numel() > 1, threads)
+        start += n
+    return out
+
+
+def _plain_pieces(
+    moved: Tensor, middle: Tensor, w: Tensor, offset: Tensor, factor: Tensor | None, precision: Tensor | None
+) -> Tensor:
+    """The same in torch, without the scale and the bound."""
+    width, count = moved.shape[-1], len(w)
+    vectors, sums = (w.T, None) if factor is None else _joined(w, factor)
+    out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
+    size = max(_CHUNK // max(width, vectors.shape[1], 1), 1)
+    buffer, start = torch.empty((min(size, len(out)), width)), 0
+    for piece in _pieces(moved, size):
+        tokens = torch.sub(piece, middle, out=buffer[: len(piece)])
+        squares = out[start : start + len(piece)]
+        start += len(piece)
+        if sums is None:
+            torch.addmm(offset, tokens, vectors, alpha=-2, out=squares)
+        else:
+            products = torch.mm(tokens, vectors)
+            products[:, count:].square_()
+            torch.addmm(offset, products, sums, out=squares)
+        if precision is None:
+            squares += torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).square_()
+        else:
+            squares += torch.mm(tokens, precision).mul_(tokens).sum(-1, keepdim=True)
+    return out
+
+
 def _in_pieces(
     x: Tensor,
     centre: Tensor,
@@ -93,44 +149,35 @@ def _in_pieces(
     scale: Tensor | None,
     precision: Tensor | None,
     channel_dim: int,
+    compiled: bool,
 ) -> Tensor:
     """The same as the reference, a piece of the tokens at a time: what lies between stays in the cache."""
     moved = x.movedim(channel_dim, -1)
-    width, count = moved.shape[-1], len(centre)
     middle = centre.mean(0)
     m = centre - middle
     factor = None if factor is None or factor.numel() == 0 else factor
     with full_precision(x):
         w = _applied(m, factor, precision)
         offset = (m * w).sum(-1)
-        vectors, sums = (w.T, None) if factor is None else _joined(w, factor)
-        out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32, device=x.device)
-        size = max(_CHUNK // max(width, vectors.shape[1], 1), 1)
-        buffer = torch.empty((min(size, len(out)), width), dtype=torch.float32, device=x.device)
-        start = 0
-        for piece in _pieces(moved, size):
-            tokens = torch.sub(piece, middle, out=buffer[: len(piece)])
-            squares = out[start : start + len(piece)]
-            start += len(piece)
-            if sums is None:
-                torch.addmm(offset, tokens, vectors, alpha=-2, out=squares)
-            else:
-                products = torch.mm(tokens, vectors)
-                products[:, count:].square_()
-                torch.addmm(offset, products, sums, out=squares)
-            if precision is None:
-                squares += torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).square_()
-            else:
-                squares += torch.mm(tokens, precision).mul_(tokens).sum(-1, keepdim=True)
-    if scale is not None:
-        out *= scale
-    return out.clamp_min_(0).reshape(*moved.shape[:-1], count)
+        if compiled:
+            out = _compiled_pieces(moved, middle, w, offset, factor, scale)
+        else:
+            out = _plain_pieces(moved, middle, w, offset, factor, precision)
+            if scale is not None:
+                out *= scale
+            out.clamp_min_(0)
+    return out.reshape(*moved.shape[:-1], len(centre))
 
 
 def _choose(x: Tensor, factor: Tensor | None, precision: Tensor | None, channel_dim: int) -> Launch:
-    if precision is not None or factor is None or factor.numel() == 0:
+    if precision is not None:
         return Launch("reference")  # matrix products and little else
-    return choose("quadratic_distance", x, x, channel_dim)
+    factors = factor is not None and factor.numel() > 0
+
+    def serves(name: str) -> bool:
+        return factors if name == "triton" else x.stride(channel_dim) == 1
+
+    return choose("quadratic_distance", x, x, channel_dim, serves)
 
 
 def _launched(
@@ -165,7 +212,7 @@ def _forward(
         return _launched(x, centre, factor, scale, channel_dim, launch)
     if x.device.type != "cpu" or x.dtype is torch.float64 or x.numel() == 0:
         return quadratic_distance_reference(x, centre, factor, scale, precision, channel_dim=channel_dim)
-    return _in_pieces(x, centre, factor, scale, precision, channel_dim)
+    return _in_pieces(x, centre, factor, scale, precision, channel_dim, launch.backend == "cpu")
 
 
 def _fake(x: Tensor, centre: Tensor, factor: Any, scale: Any, precision: Any, channel_dim: int) -> Tensor:
@@ -304,7 +351,8 @@ SPEC = OpSpec(
     make_inputs=_make_inputs,
     implementation=_implementation,
     backends={
-        "triton": "a factor, shared or per centre; the matrix products of the rest, and all on a CPU, are torch's"
+        "cpu": "what surrounds the matrix product, for channels side by side and no dense matrix",
+        "triton": "a factor, shared or per centre; the matrix products of the rest are torch's",
     },
     variants={
         "low-rank": {},
