@@ -36,15 +36,18 @@ class _Reader:
     In a compiled graph the rest of the model is dead code, because nobody reads it: the compiler drops it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop: bool) -> None:
         self.held: Tensor | None = None
-        self.stop = True
+        self.stop, self.reading = stop, False
 
     def apply(self, x: Tensor) -> Tensor:
         """See `pysteer.steering.attach.Applier`."""
-        self.held = x
-        if self.stop and not torch.compiler.is_compiling():
-            raise _Reached
+        if torch.compiler.is_compiling():
+            self.held = x
+        elif self.reading:  # not when the pipeline runs in between, to decode
+            self.held = x
+            if self.stop:
+                raise _Reached
         return x
 
     def to(self, device: torch.device) -> _Reader:
@@ -146,8 +149,7 @@ class Denoiser:
         """
         if site.part != "visual":
             raise InputError(f"part of site {site.name}", value=site.part, allowed="visual, the denoiser")
-        reader, cache = _Reader(), dict[int, dict[str, Any]]()
-        reader.stop = early_exit
+        reader, cache = _Reader(early_exit), dict[int, dict[str, Any]]()
 
         def read(latents: Tensor, timesteps: Tensor) -> Tensor:
             rows = len(latents)
@@ -158,8 +160,12 @@ class Denoiser:
             if torch.compiler.is_compiling():
                 self.module(**given)
             else:
-                with suppress(_Reached):
-                    self.module(**given)
+                reader.reading = True
+                try:
+                    with suppress(_Reached):
+                        self.module(**given)
+                finally:
+                    reader.reading = False
             found = reader.held
             if found is None:
                 raise PysteerError(f"site {site.name} did not run; fix: choose another site")

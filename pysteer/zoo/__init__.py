@@ -15,12 +15,18 @@ _GENERATORS = {
     "infinity-shapes": ("infinity-shapes", "pysteer.models.infinity.pipeline", "InfinityPipeline"),
     "diffusion-shapes": ("diffusion-shapes", "pysteer.models.diffusion", "ImageGenerator"),
 }
+# generator -> a sparse autoencoder trained on one of its sites
+_AUTOENCODERS = {"diffusion-shapes": ("diffusion-shapes-sae", "pysteer.models.sae", "SparseAutoencoder")}
 _CLASSIFIERS = {"shapes": ("shapes-classifier", "pysteer.zoo.shapes.classifier", "ShapeClassifier")}
 
 
 def available() -> dict[str, list[str]]:
-    """The names that ``load`` and ``load_classifier`` take."""
-    return {"generators": sorted(_GENERATORS), "classifiers": sorted(_CLASSIFIERS)}
+    """The names that ``load``, ``load_classifier`` and ``load_autoencoder`` take."""
+    return {
+        "generators": sorted(_GENERATORS),
+        "classifiers": sorted(_CLASSIFIERS),
+        "autoencoders": sorted(_AUTOENCODERS),
+    }
 
 
 def _load(kind: str, table: dict[str, tuple[str, str, str]], name: str) -> Any:
@@ -39,3 +45,8 @@ def load(name: str = "infinity-shapes") -> Any:
 def load_classifier(name: str = "shapes") -> Any:
     """A bundled classifier, on the CPU in fp32, in eval mode; InputError for an unknown name."""
     return _load("classifier", _CLASSIFIERS, name)
+
+
+def load_autoencoder(name: str = "diffusion-shapes") -> Any:
+    """The sparse autoencoder of a bundled generator, on the CPU in fp32; InputError for an unknown name."""
+    return _load("autoencoder", _AUTOENCODERS, name)

@@ -71,7 +71,11 @@ def test_wrong_images_and_names_are_named(classifier):
         zoo.load_classifier("faces")
     with pytest.raises(InputError, match="allowed: diffusion-shapes, infinity-shapes"):
         zoo.load("infinity-2b")
-    assert zoo.available() == {"generators": ["diffusion-shapes", "infinity-shapes"], "classifiers": ["shapes"]}
+    assert zoo.available() == {
+        "generators": ["diffusion-shapes", "infinity-shapes"],
+        "classifiers": ["shapes"],
+        "autoencoders": ["diffusion-shapes"],
+    }
 
 
 def test_small_enough_and_saved_exactly(classifier, tmp_path):

@@ -1,0 +1,1 @@
+"""Parts of the recipes `dream`, `sae` and `unlearn`: prompts, stages, report."""
