@@ -189,7 +189,7 @@ def weights(rounds: int) -> list[dict[str, Any]]:
 def table(result: dict[str, Any]) -> str:
     """A stored result as two tables in Markdown."""
     lines = [
-        "| training step of the small VAE | CPU, ms | of no monitor | wall, ms | of no monitor |",
+        "| training step of the small VAE | CPU, ms | more | wall, ms | more |",
         "|---" * 5 + "|",
     ]
     for row in result["monitoring"]:

@@ -22,22 +22,35 @@ class Accumulator:
         eps: what counts as near zero.
         channel_dim: where the channels are; None: 1 from four dimensions on, else the last.
         device: where the values will be.
+
+    Attributes:
+        moments: the sums.
+        touched: whether anything was added since the start.
     """
 
-    __slots__ = ("_address", "_kernel", "_key", "_rest", "channel_dim", "eps", "moments")
+    __slots__ = ("_address", "_empty", "_kernel", "_key", "_rest", "channel_dim", "eps", "moments", "touched")
 
     def __init__(self, width: int, eps: float, channel_dim: int | None, device: torch.device) -> None:
         self.eps, self.channel_dim = eps, channel_dim
         self._key: Any = None
         self._kernel: Any = None
         self._rest: tuple[Any, ...] = ()
+        self._empty: Tensor | None = None
         self.reset(empty_moments(width, device))
+        self.touched = False
 
     def reset(self, moments: Tensor) -> None:
         """Go on from these moments, `[8, D]` fp64 contiguous."""
-        self.moments = moments
+        self.moments, self.touched = moments, True
         self._address = moments.data_ptr()
         self._key = None
+
+    def clear(self) -> None:
+        """Start again from nothing."""
+        if self._empty is None or self._empty.device != self.moments.device:
+            self._empty = empty_moments(self.moments.shape[1], self.moments.device)
+        self.moments.copy_(self._empty)
+        self.touched = False
 
     def add(self, x: Tensor) -> None:
         """Add the values of an activation, without waiting for its device.
@@ -45,6 +58,7 @@ class Accumulator:
         The compiled kernel is called directly while shape, strides, dtype, threads and backends stay as they were when
         the whole way was last taken; a lookup through the operator registry takes longer than a small activation.
         """
+        self.touched = True
         if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or transformed():
             self._add(x)
             return

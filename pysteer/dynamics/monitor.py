@@ -16,7 +16,7 @@ from pysteer.dynamics.history import History
 from pysteer.dynamics.points import Layers, Point, choose_points, first_tensor
 from pysteer.dynamics.window import PHASES, Window, stat_name
 from pysteer.errors import InputError
-from pysteer.ops.channel_moments import empty_moments, merge_moments
+from pysteer.ops.channel_moments import merge_moments
 
 MAP = "full_activation_map"
 WINDOWS = ("all", "last")
@@ -190,9 +190,11 @@ class Monitor:
         closed = []
         for phase in PHASES if ready else ():
             sums = [watch.sums[phase] for watch in ready]
+            if not _distributed(self.merge) and not any(each.touched for each in sums):
+                continue
             moments = merged_over_ranks(torch.cat([each.moments for each in sums], 1), self.merge).cpu()
             for each in sums:
-                each.reset(empty_moments(each.moments.shape[1], each.moments.device))
+                each.clear()
             if not bool(moments[0].any()):
                 continue
             maps = {w.point.name: w.kept.pop(phase).cpu() for w in ready if phase in w.kept}
@@ -226,9 +228,13 @@ class Monitor:
             into.reset(moments.to(into.moments.device, torch.float64, copy=True).contiguous())
 
 
+def _distributed(merge: bool) -> bool:
+    return merge and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def merged_over_ranks(moments: Tensor, merge: bool = True) -> Tensor:
     """`[8, D]` moments of all ranks together, merged in the order of the ranks; as they are without a process group."""
-    if not merge or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _distributed(merge):
         return moments
     gathered = [torch.empty_like(moments) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, moments.contiguous())

@@ -110,7 +110,7 @@ class WeightHealth:
             if kernel is not None and sizes is not None:
                 kernel(weight.data_ptr(), start + index * 128, *sizes[0], limit, 0, sizes[1], threads)
             else:
-                size = weight.detach().abs()
+                size = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
                 slow[index] = size.double().mean(), (size < limit).double().mean()
         means, shares = self._buffer[:, 5].mean(1), self._buffer[:, 6].sum(1) / self._buffer[:, 0].sum(1)
         if slow:  # one transfer
