@@ -89,12 +89,13 @@ class Features:
         if self.sae is None:
             return tokens.transpose(1, 2).take_along_dim(chosen[:, :, None], 1).half()
         sae = self.sae
-        centred = tokens - sae.bias.float() if sae.centred else tokens
-        rows = sae.encoder.float()[chosen]  # [R, K, D]
-        a = torch.einsum("rld,rkd->rkl", centred, rows) + sae.encoder_bias.float()[chosen][:, :, None]
         if sae.takes_k:
-            kept = replace(sae, activation="topk").encode(tokens)[0][..., -1]  # the smallest that is kept
-            return torch.where(a >= kept[:, None, :] - 1e-6, a.relu(), 0.0).half()
+            values, indices = replace(sae, activation="topk").encode(tokens)
+            rows = zip(values, indices, chosen.to(indices.dtype), strict=True)  # one at a time: [L, K, k] of memory
+            return torch.stack([(v[:, None] * (i[:, None] == c[:, None])).sum(-1).T for v, i, c in rows]).half()
+        centred = tokens - sae.bias.float() if sae.centred else tokens
+        weight = sae.encoder.float()[chosen]  # [R, K, D]
+        a = torch.einsum("rld,rkd->rkl", centred, weight) + sae.encoder_bias.float()[chosen][:, :, None]
         limit = torch.zeros_like(a) if sae.threshold is None else sae.threshold.float()[chosen][:, :, None]
         return torch.where(a > limit, a, 0.0).half()
 

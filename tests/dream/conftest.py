@@ -1,6 +1,6 @@
-"""Lets the tests here import the helper `tiny_infinity` from the folder above."""
+"""Lets the tests here import the helpers of this folder and of the one above."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
