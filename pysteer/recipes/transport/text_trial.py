@@ -1,0 +1,245 @@
+"""One task on one language model: fits, a search of sites and strengths, texts over strengths, and their scores."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pysteer
+from pysteer.capture.fitted import Fitted
+from pysteer.capture.stream import fingerprint
+from pysteer.capture.taps import choose_sites
+from pysteer.data.tasks import Task
+from pysteer.errors import InputError
+from pysteer.families.base import find_family
+from pysteer.methods import REGISTRY, Method, create
+from pysteer.methods.base import did_you_mean
+from pysteer.models.language import LanguageModel
+from pysteer.recipes.config import Word, config_hash, convert
+from pysteer.recipes.frame import Run
+from pysteer.recipes.progress import Advance
+from pysteer.recipes.transport.decoder import RowDecoder
+from pysteer.recipes.transport.places import expand_sites
+from pysteer.recipes.transport.sampling import Sampling
+from pysteer.recipes.transport.settings import ActTextConfig
+from pysteer.recipes.transport.texts import Score, Texts, Writer, scores
+
+# Maps that only damp, and maps of tokens, want other strengths than a shift of the mean.
+_STRENGTHS = {
+    "mean_difference": (0.75, 1.0, 1.5, 2.0),
+    "gaussian_transport": (0.75, 1.0, 1.5, 2.0),
+    "linear_act": (0.75, 1.0, 1.5, 2.0),
+    "aura": (0.5, 1.0, 2.0, 4.0),
+}
+_OTHER_STRENGTHS = (0.5, 1.0, 1.5, 2.0)
+
+
+def make_method(name: str, options: dict[str, Any]) -> Method:
+    """The method with options as they were given on the command line.
+
+    Raises:
+        InputError: no such method or option.
+    """
+    if name not in REGISTRY:
+        raise InputError("method", value=name, allowed=", ".join(sorted(REGISTRY)), fix=did_you_mean(name, REGISTRY))
+    hints = typing.get_type_hints(REGISTRY[name])
+    given = {
+        key: convert(Word(value) if isinstance(value, str) else value, hints[key], f"method.options.{name}.{key}")
+        if key in hints
+        else value
+        for key, value in options.items()
+    }
+    return create(name, **given)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Sites that are steered together, and the name of the choice."""
+
+    label: str
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at a place, with the scores of its strengths."""
+
+    method: str
+    place: Place
+    scores: list[Score]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to.
+
+    Attributes:
+        method: its name.
+        searched: all places and strengths that were tried, on the prompts of the search.
+        chosen: the place that was taken.
+        texts: those of the report, unsteered ones not included.
+        scores: of the report, by strength.
+        best: strength with the highest concept rate among those whose perplexity stays below the bar, else the one with
+            the lowest perplexity.
+    """
+
+    method: str
+    searched: list[Setting]
+    chosen: Place
+    texts: Texts
+    scores: list[Score]
+    best: Score
+
+
+def best_of(found: Sequence[Score], limit: float) -> Score:
+    """The score with the highest concept rate among those with a perplexity ratio of at most `limit`.
+
+    Of equal rates the one with the lower perplexity; when none stays below the limit, the one with the lowest.
+    """
+    readable = [score for score in found if score.ratio <= limit]
+    if not readable:
+        return min(found, key=lambda score: score.ratio)
+    # A rate that was not measured is NaN, which must not win.
+    return max(readable, key=lambda s: (s.concept.value if s.concept.total else 0.0, -s.ratio))
+
+
+class TextTrial:
+    """All stages of one run of `act-text`.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        lm: the model.
+        task: what to learn.
+    """
+
+    def __init__(self, run: Run, config: ActTextConfig, lm: LanguageModel, task: Task) -> None:
+        self.run, self.config, self.lm, self.task = run, config, lm, task
+        self.family = find_family(lm)
+        self.methods = {name: make_method(name, config.method.options.get(name, {})) for name in config.method.names}
+        self.places = self._places()
+        known = self.family.sites(lm)
+        sites = [known[name] for name in dict.fromkeys(name for place in self.places for name in place.sites)]
+        texts = config_hash(task.source, task.target, task.prompts, task.search_prompts)
+        self.identity = [fingerprint(lm, sites), str(next(lm.model.parameters()).dtype), texts]
+        decoder = RowDecoder(
+            lm,
+            rows=config.generation.rows,
+            max_new_tokens=config.generation.new_seq_len,
+            sampling=Sampling(
+                config.generation.temperature, config.generation.top_p, config.generation.repetition_penalty
+            ),
+            skip=config.method.skip_tokens,
+            position=config.method.position,
+        )
+        self.writer = Writer(run, lm, decoder, self.identity)
+
+    def _places(self) -> list[Place]:
+        known = self.family.sites(self.lm)
+        wanted = self.config.search.sites or ("+".join(self.config.model.sites or default_sites(self.lm)),)
+        found = []
+        for label in wanted:
+            names = [site.name for site in choose_sites(self.family, self.lm, expand_sites(known, label.split("+")))]
+            found.append(Place(label, tuple(names)))
+        return found
+
+    @property
+    def searching(self) -> bool:
+        return bool(self.config.search.sites)
+
+    def strengths(self, method: str) -> tuple[float, ...]:
+        """What is tried of a method in the search."""
+        return self.config.search.strengths or _STRENGTHS.get(method, _OTHER_STRENGTHS)
+
+    @property
+    def planned(self) -> int:
+        """Texts that are going to be generated."""
+        config, methods = self.config, len(self.methods)
+        if not self.searching:
+            return config.generation.num_sentences * (1 + methods * len(self._steered_strengths()))
+        tried = sum(len(self.strengths(name)) for name in self.methods) * len(self.places)
+        return config.search.num_sentences * (1 + tried) + config.generation.num_sentences * (1 + methods)
+
+    def _steered_strengths(self) -> list[float]:
+        return [strength for strength in self.config.strengths.all() if strength != 0]
+
+    def fitted(self, name: str, place: Place) -> Fitted:
+        """The method fitted at a place: at once at all places together, or sequentially for this one."""
+        sequential = self.config.method.incremental == "incr"
+        key = f"{name}-{config_hash(place.sites)[:8]}" if sequential else name
+        sites = place.sites if sequential else tuple(dict.fromkeys(s for each in self.places for s in each.sites))
+        folder = self.run.path(f"fits/{key}")
+        with self.run.stage(f"fit-{key}", self.identity) as stage:
+            if not stage.done or not folder.is_dir():
+                self._fit(self.methods[name], sites, sequential, folder)
+        return Fitted.from_pretrained(folder).select(place.sites)
+
+    def _fit(self, method: Method, sites: Sequence[str], sequential: bool, folder: Path) -> None:
+        settings = self.config.method
+        skipped: Any = slice(settings.skip_tokens, None) if settings.skip_tokens else "all"
+        with self.run.progress.follow(f"fitting {method.name}", len(sites)) as show:
+            fitted = pysteer.fit(
+                self.lm,
+                method,
+                self.task.source,
+                self.task.target,
+                sites=list(sites),
+                sequential=sequential,
+                paired=self.task.paired and not method.pooled,
+                positions="last" if settings.position == "last" else skipped,
+                batch_size=settings.batch_size,
+                fit_seed=self.run.seed,
+                progress=show,
+            )
+        if folder.is_dir():
+            import shutil
+
+            shutil.rmtree(folder)
+        fitted.save_pretrained(folder)
+
+    def unsteered(self, use: str, advance: Advance) -> Texts:
+        """The model's own texts for the prompts of the "search" or of the "report"."""
+        count = self.config.search.num_sentences if use == "search" else self.config.generation.num_sentences
+        prompts = self.task.search_prompts if use == "search" else self.task.prompts
+        return self.writer.write(f"unsteered-{use}", self.writer.requests(prompts, [0.0], count), None, advance)
+
+    def search(self, name: str, baseline: Texts, advance: Advance) -> list[Setting]:
+        """Every place and strength of a method, on the prompts of the search."""
+        found = []
+        strengths = self.strengths(name)
+        asked = self.writer.requests(self.task.search_prompts, strengths, self.config.search.num_sentences)
+        for place in self.places:
+            plan = self.fitted(name, place).plan()
+            texts = self.writer.write(f"search-{name}-{config_hash(place.sites)[:8]}", asked, plan, advance)
+            found.append(Setting(name, place, scores(texts, baseline, self.task.words)))
+        return found
+
+    def outcome(self, name: str, searched: list[Setting], baseline: Texts, advance: Advance) -> Outcome:
+        """The texts and scores of the report for one method."""
+        place, strengths = self.places[0], self._steered_strengths()
+        if searched:
+            tops = [(best_of(setting.scores, self.config.search.perplexity), setting.place) for setting in searched]
+            top = best_of([score for score, _ in tops], self.config.search.perplexity)
+            place = next(own for score, own in tops if score is top)
+            strengths = [top.strength]
+        plan = self.fitted(name, place).plan()
+        asked = self.writer.requests(self.task.prompts, strengths, self.config.generation.num_sentences)
+        texts = self.writer.write(f"report-{name}", asked, plan, advance)
+        found = scores(texts, baseline, self.task.words)
+        best = best_of(found, self.config.evaluation.perplexity_bar)
+        return Outcome(name, searched, place, texts, found, best)
+
+
+_DEFAULT_SITES = {
+    "gpt2": (r".+ln_.+",),
+    "gemma2": (r".*post_attention_layernorm", r".*post_feedforward_layernorm"),
+    "gemma3_text": (r".*post_attention_layernorm", r".*post_feedforward_layernorm"),
+}
+
+
+def default_sites(lm: LanguageModel) -> tuple[str, ...]:
+    """The sites AcT uses for a kind of model; the layer norms where it names none."""
+    return _DEFAULT_SITES.get(str(lm.model.config.model_type), (r".*layernorm",))
