@@ -76,6 +76,23 @@ class DeadChannels:
     step: int
     layers: dict[str, DeadLayer]
 
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], step: int, widths: Mapping[str, int]) -> DeadChannels:
+        """What `rows` described; layers without dead channels are left out.
+
+        Args:
+            rows: from `rows`.
+            step: of the window.
+            widths: channels of every point.
+        """
+        layers = {}
+        for name in dict.fromkeys(row["layer"] for row in rows):
+            own = [row for row in rows if row["layer"] == name]
+            indices, since = (torch.tensor([row[key] for row in own]) for key in ("channel", "since"))
+            values = torch.tensor([row["value"] for row in own], dtype=torch.float64)
+            layers[name] = DeadLayer(indices, values, since, own[0]["threshold"], own[0]["metric"], widths[name])
+        return cls(step, layers)
+
     @property
     def count(self) -> int:
         """How many channels are dead."""

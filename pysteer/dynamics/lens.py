@@ -70,6 +70,13 @@ def as_maps(x: Tensor) -> Tensor | None:
     return x.unflatten(-1, (side, side)) if side and side * side == x.shape[-1] else None
 
 
+def maps_of(model: nn.Module, images: Tensor, layers: Layers, *, run: Reconstruct | None = None) -> dict[str, Tensor]:
+    """Activations of images at layers, by point, as the model is evaluated."""
+    with _evaluating(model), _seen(model, choose_points(model, layers)) as seen:
+        (run or reconstruction(model))(images)
+    return seen
+
+
 @dataclass
 class _Decoder:
     """A linear map from the channels at a place to the pixels of its patch, [C + 1, 3 p p], and what it explains."""

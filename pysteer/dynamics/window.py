@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ class Window:
         values = STATS[stat_name(stat)](ChannelMoments.of(self.moments))
         return dict(zip(self.names, values.split(list(self.widths)), strict=True))
 
-    def table(self, metrics: dict[str, Sequence[str]]) -> list[dict[str, Any]]:
+    def table(self, metrics: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
         """Rows in the columns of the activity table: how a per-channel metric is distributed over the channels.
 
         Args:
