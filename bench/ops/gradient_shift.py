@@ -1,4 +1,4 @@
-"""What is measured of `gradient_shift`, which is plain torch: what a kernel for it would have to beat."""
+"""What is measured of `gradient_shift`."""
 
 from bench.registry import BF16, FP32, Row, copied, copy_of_x, elements
 from pysteer.ops import Case

@@ -1,7 +1,8 @@
 """`gradient_shift`: pull every token towards its nearest target prototype, down the gradient of the squared distance.
 
 With the precision P = c (I - Z'Z) the squared distance to a prototype m is d²(x) = (x - m)'P(x - m), and minus half
-its gradient is P(m - x). Plain torch on every device; the isotropic-plus-low-rank form costs 4 D r operations a token.
+its gradient is P(m - x). In C++ on a CPU, plain torch elsewhere; the isotropic-plus-low-rank form costs 4 D r
+operations a token.
 """
 
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from pysteer.errors import InputError
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import declare, plain_torch_needed, refuse_out
+from pysteer.ops.declare import declare, dispatch, plain_torch_needed
+from pysteer.ops.launch import Launch, choose, packed, raise_for, run_compiled
+from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, along, close_scores, full_precision, laid_out_like, look_up
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
@@ -71,6 +74,28 @@ def _in_plain_torch(x: Tensor, *arguments: Any) -> Tensor:
     )
 
 
+def _choose(x: Tensor, out: Tensor, count: int, channel_dim: int) -> Launch:
+    return choose("gradient_shift", x, out, channel_dim, lambda name: name == "cpu" and count > 0)
+
+
+def _run(out: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    *tensors, gate, temperature, normalize, channel_dim = arguments
+    weight, factor, slot, clock = tensors[0], tensors[4], tensors[6], tensors[8]
+    launch = _choose(x, out, weight.shape[1], channel_dim)
+    if launch.backend == "reference":
+        return out.copy_(_in_plain_torch(x, *arguments))
+    sizes = (*launch.shape, *weight.shape[:2], factor.shape[1], *slot.shape)
+    options = (gate, temperature, _NORMALIZE.index(normalize), DTYPE_CODES[x.dtype], torch.get_num_threads())
+    status = run_compiled("gradient_shift", (x, out, *packed(*tensors)), *sizes, *options)
+    if status:
+        raise_for(status, slot, clock, weight.shape[0])
+    return out
+
+
+def _forward(x: Tensor, *arguments: Any) -> Tensor:
+    return _run(torch.empty_like(x), x, *arguments)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.gate, _, _, ctx.channel_dim = inputs
     x, weight, offset, _, target, factor, scale, *table = tensors
@@ -99,9 +124,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (torch.where(active, steered, gradient), *[None] * 14)
 
 
-_plain, _differentiable = declare(
-    "gradient_shift", _SCHEMA, _in_plain_torch, setup_context=_setup_context, backward=_backward
-)
+_plain, _differentiable = declare("gradient_shift", _SCHEMA, _forward, setup_context=_setup_context, backward=_backward)
 
 
 def gradient_shift(
@@ -149,7 +172,7 @@ def gradient_shift(
         A fresh tensor like `x`, or `out`.
 
     Raises:
-        InputError: a shape, dtype, device or option does not fit.
+        InputError: a shape, dtype, device or option does not fit, or, on a CPU, the clock or a slot is out of range.
     """
     width = check_activation(x, channel_dim, out)
     count = weight.shape[1] if weight.dim() == 3 else 0
@@ -171,13 +194,12 @@ def gradient_shift(
     wants_grad = x.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling() or (wants_grad and smooth) or plain_torch_needed(*banks, strength):
         y = _in_plain_torch(x, *arguments)  # in a graph plain torch fuses into its neighbours
-    elif wants_grad:
-        if out is not None:
-            refuse_out(x)
-        return _differentiable(x, *arguments)
-    else:
-        y = _plain(x, *arguments)
-    return y if out is None else out.copy_(y)
+        return y if out is None else out.copy_(y)
+    return dispatch(x, out, arguments, wants_grad=wants_grad, plain=_plain, differentiable=_differentiable, run=_run)
+
+
+def _implementation(x: Tensor, weight: Tensor, channel_dim: int = -1, out: Tensor | None = None, **_: Any) -> str:
+    return _choose(x, torch.empty_like(x) if out is None else out, weight.shape[1], channel_dim).backend
 
 
 def _make_inputs(case: Case) -> dict[str, Any]:
@@ -208,8 +230,8 @@ SPEC = SteeringSpec(
     function=gradient_shift,
     reference=gradient_shift_reference,
     make_inputs=_make_inputs,
-    implementation=lambda **_: "reference",
-    backends={},
+    implementation=_implementation,
+    backends={"cpu": "fp32, bf16, fp16, channels or tokens next to each other"},
     defaults={"gate": False, "temperature": 0.0, "normalize": "none"},
     variants={
         "one": {},

@@ -88,7 +88,7 @@ def test_large_results_past_the_caches(op: str, variant: str, sizes: dict[str, i
     in_place = inputs["x"].clone()
     spec.function(**{**inputs, "x": in_place}, out=in_place)
     assert torch.equal(bits(out), bits(in_place))
-    assert (out != inputs["x"]).float().mean() > 0.9
+    assert (out != inputs["x"]).float().mean() > 0.5  # a gate leaves some tokens alone
 
 
 @each_entry

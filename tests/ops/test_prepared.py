@@ -12,7 +12,8 @@ from pysteer.errors import InputError
 from pysteer.ops import Case, backend, backend_status, get, prepare
 from pysteer.ops.prepared import Prepared, count_at
 
-DIRECT = ("affine_shift", "low_rank_shift", "prototype_shift", "sae_edit")  # one kernel on the tensors given
+# One kernel on the tensors given.
+DIRECT = ("affine_shift", "gradient_shift", "low_rank_shift", "prototype_shift", "sae_edit")
 needs_extension = pytest.mark.skipif(not backend_status()["cpu"].live, reason="the compiled extension is not built")
 
 
