@@ -1,0 +1,361 @@
+"""The row file of a collection: every adapter as a row of fp32, memory mapped, beside an index that says what it is.
+
+    rows.f32     [N, d], appended to block by block
+    index.json   layout, entries in the order of their rows, files that were left out and why
+
+The index is written after every block, so that an interrupted reading goes on where it stopped, and adapters that are
+added to the folder later are read alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pysteer import files
+from pysteer.errors import InputError
+from pysteer.weightspace.adapter import Adapter, config_alpha, read_adapter
+from pysteer.weightspace.layout import Header, Layout, plain_parts, read_header, read_plain, signature
+
+ROWS, INDEX = "rows.f32", "index.json"
+VERSION = 1
+_BLOCK = 256  # adapters between two writings of the index
+Show = Callable[[float, float | None], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter of a collection.
+
+    Attributes:
+        path: of its file, relative to the folder.
+        size, changed: bytes and time of change of the file, to notice another one under the same name.
+        label: its class, "" where none is known.
+        images: ids of the images it was trained on, where known.
+        ranks: rank per layer, in the order of the layout; one number where all are equal.
+        scales: alpha / r per layer; one number where all are equal.
+        format: diffusers, peft or kohya.
+        notes: what was left out of it.
+    """
+
+    path: str
+    size: int
+    changed: int
+    label: str
+    images: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    format: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that was left out, and why."""
+
+    path: str
+    reason: str
+    size: int = 0
+    changed: int = 0
+
+
+class Reader:
+    """Reads the files of a folder into a row file.
+
+    Args:
+        folder: of the collection.
+        cache: folder of the row file.
+        duplicates: `drop` leaves out adapters equal to an earlier one, `keep` keeps them.
+    """
+
+    def __init__(self, folder: Path, cache: Path, duplicates: str = "drop") -> None:
+        self.folder, self.cache, self.duplicates = folder, cache, duplicates
+        self.layout: Layout | None = None
+        self.entries: list[Entry] = []
+        self.skipped: list[Skipped] = []
+        self._heads: dict[bytes, Header] = {}
+        self._plain: dict[bytes, Any] = {}
+        self._sums: dict[float, list[int]] = {}
+
+    def read(self, paths: Sequence[Path], show: Show = lambda done, total: None) -> None:
+        """Bring the row file up to date with `paths`; `show(done, total)` counts files.
+
+        Raises:
+            InputError: no file can be read as an adapter.
+        """
+        stats = {path.relative_to(self.folder).as_posix(): path.stat() for path in paths}
+        self._resume(stats)
+        known = {entry.path for entry in self.entries} | {skip.path for skip in self.skipped}
+        new = [path for path in paths if path.relative_to(self.folder).as_posix() not in known]
+        if self.layout is None and new:
+            self._choose_layout(new)
+        done = len(paths) - len(new)
+        show(done, len(paths))
+        self.cache.mkdir(parents=True, exist_ok=True)
+        if new and self.layout is not None:
+            with (self.cache / ROWS).open("r+b" if (self.cache / ROWS).is_file() else "w+b") as stream:
+                stream.truncate(4 * self.layout.width * len(self.entries))
+                stream.seek(0, 2)
+                for start in range(0, len(new), _BLOCK):
+                    part = new[start : start + _BLOCK]
+                    block = self._block(part, stats)
+                    stream.write(block)
+                    stream.flush()
+                    self._write_index()
+                    show(done + start + len(part), len(paths))
+        if not self.entries:
+            reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in self.skipped[:2])
+            raise InputError("folder of adapters", value=str(self.folder), allowed="LoRA files", fix=reasons)
+        self._write_index()
+
+    def _resume(self, stats: dict[str, Any]) -> None:
+        """Take over what an index says of files that have not changed since; all rows in front of the first change."""
+        if not (self.cache / INDEX).is_file() or not (self.cache / ROWS).is_file():
+            return
+        try:
+            layout, entries, skipped, more = read_index(self.cache)
+        except InputError:
+            return  # written by another version, or damaged: it is only a copy
+        if more.get("duplicates") != self.duplicates:
+            return
+        if (self.cache / ROWS).stat().st_size < 4 * layout.width * len(entries):
+            return
+
+        def same(item: Entry | Skipped) -> bool:
+            stat = stats.get(item.path)
+            return stat is not None and (stat.st_size, stat.st_mtime_ns) == (item.size, item.changed)
+
+        if not all(same(entry) for entry in entries) or not entries:
+            return
+        self.layout, self.entries = layout, entries
+        self.skipped = [skip for skip in skipped if same(skip)]
+        rows = np.memmap(self.cache / ROWS, np.float32, "r", shape=(len(entries), layout.width))
+        for index, row in enumerate(rows):
+            self._sums.setdefault(_sum(row), []).append(index)
+
+    def _choose_layout(self, paths: Sequence[Path]) -> None:
+        """The layers that most adapters have, with the highest rank of each; the order of the most common file."""
+        kinds: Counter[Any] = Counter()
+        ranks: dict[Any, dict[str, int]] = {}
+        orders: dict[Any, Counter[Any]] = {}
+        for path in paths:
+            try:
+                header = self._header(path)
+                parts = self._parts(header)
+                if parts is None:
+                    adapter = self._adapter(path)
+                    sizes = signature(adapter)
+                    own = {layer: it.rank for layer, it in adapter.layers.items()}
+                    order = tuple((layer, role) for layer in sizes for role in ("down", "up"))
+                else:
+                    shapes = {(layer, role): shape for layer, role, shape in parts}
+                    sizes = {layer: (shapes[layer, "down"][1], shapes[layer, "up"][0]) for layer, _, _ in parts}
+                    own = {layer: shapes[layer, "down"][0] for layer in sizes}
+                    order = tuple((layer, role) for layer, role, _ in parts)
+            except (InputError, OSError):
+                continue  # reported when the file is read
+            kind = frozenset(sizes.items())
+            kinds[kind] += 1
+            orders.setdefault(kind, Counter())[order] += 1
+            most = ranks.setdefault(kind, {})
+            for layer, rank in own.items():
+                most[layer] = max(most.get(layer, 0), rank)
+        if not kinds:
+            self._skip_all(paths)
+            return
+        kind = kinds.most_common(1)[0][0]
+        sizes, most = dict(kind), ranks[kind]
+        parts = [
+            (layer, role, (most[layer], sizes[layer][0]) if role == "down" else (sizes[layer][1], most[layer]))
+            for layer, role in orders[kind].most_common(1)[0][0]
+        ]
+        self.layout = Layout.of(parts)
+
+    def _skip_all(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            try:
+                self._adapter(path)
+            except (InputError, OSError) as error:
+                self.skipped.append(Skipped(path.relative_to(self.folder).as_posix(), str(error)))
+
+    def _header(self, path: Path) -> Header:
+        header = read_header(path, self._heads)
+        self._heads.setdefault(header.text, header)
+        return header
+
+    def _parts(self, header: Header) -> Any:
+        if header.text not in self._plain:
+            self._plain[header.text] = plain_parts(header)
+        return self._plain[header.text]
+
+    def _adapter(self, path: Path) -> Adapter:
+        return read_adapter(path)
+
+    def _block(self, paths: Sequence[Path], stats: dict[str, Any]) -> NDArray[np.float32]:
+        """The rows of the files that can be read; entries and skipped files are noted on the way."""
+        assert self.layout is not None
+        block = np.empty((len(paths), self.layout.width), np.float32)
+        count = 0
+        for path in paths:
+            name = path.relative_to(self.folder).as_posix()
+            row, stat = block[count], stats[name]
+            try:
+                entry = self._one(path, row)
+                self._check(row, name)
+            except (InputError, OSError) as error:
+                self.skipped.append(Skipped(name, str(error), stat.st_size, stat.st_mtime_ns))
+                continue
+            twin = self._twin(row, block)
+            if twin is not None and self.duplicates == "drop":
+                reason = f"duplicate of {self.entries[twin].path}"
+                self.skipped.append(Skipped(name, reason, stat.st_size, stat.st_mtime_ns))
+                continue
+            self._sums.setdefault(_sum(row), []).append(len(self.entries))
+            self.entries.append(replace(entry, path=name, size=stat.st_size, changed=stat.st_mtime_ns))
+            count += 1
+        return block[:count]
+
+    def _one(self, path: Path, row: NDArray[np.float32]) -> Entry:
+        assert self.layout is not None
+        label, images = read_label(path, self.folder)
+        header = self._header(path)
+        parts = self._parts(header)
+        if parts is not None and config_alpha(path) is None and Layout.of(parts) == self.layout:
+            read_plain(path, header, row)
+            ranks = {self.layout.rank(layer) for layer in self.layout.layers}
+            every = tuple(ranks) if len(ranks) == 1 else tuple(map(self.layout.rank, self.layout.layers))
+            return Entry("", 0, 0, label, images, every, (1.0,), "diffusers")
+        adapter = self._adapter(path)
+        self._fits(adapter)
+        self.layout.fill(row, adapter)
+        its = [adapter.layers[layer] for layer in self.layout.layers]
+        ranks, scales = tuple(it.rank for it in its), tuple(it.scale for it in its)
+        short = (ranks[:1] if len(set(ranks)) == 1 else ranks), (scales[:1] if len(set(scales)) == 1 else scales)
+        return Entry("", 0, 0, label, images, *short, adapter.format, adapter.notes)
+
+    def _fits(self, adapter: Adapter) -> None:
+        assert self.layout is not None
+        own = signature(adapter)
+        if set(own) != set(self.layout.layers):
+            more, fewer = set(own) - set(self.layout.layers), set(self.layout.layers) - set(own)
+            some = sorted(fewer or more)[0]
+            raise InputError(f"layers: {len(fewer)} missing, {len(more)} unknown", value=some,
+                             allowed="those of the rest of the folder")  # fmt: skip
+        for layer in self.layout.layers:
+            down, up = self.layout.place(layer, "down").shape, self.layout.place(layer, "up").shape
+            if own[layer] != (down[1], up[0]):
+                raise InputError(f"size of {layer}", value=list(own[layer]), allowed=str([down[1], up[0]]))
+            if adapter.layers[layer].rank > down[0]:
+                raise InputError(f"rank of {layer}", value=adapter.layers[layer].rank, allowed=f"up to {down[0]}",
+                                 fix="open the folder with refresh=True")  # fmt: skip
+
+    @staticmethod
+    def _check(row: NDArray[np.float32], name: str) -> None:
+        # A dot product is many times faster than isfinite; only a row that fails it is looked at closely.
+        if not np.isfinite(np.dot(row, row)) and not np.isfinite(row).all():
+            raise InputError("weights", value="NaN or infinity", allowed="finite values")
+
+    def _twin(self, row: NDArray[np.float32], block: NDArray[np.float32]) -> int | None:
+        """An earlier adapter with the same values."""
+        assert self.layout is not None
+        written = None
+        for index in self._sums.get(_sum(row), ()):
+            first = len(self.entries) - self._within(row, block)
+            if index >= first:
+                other = block[index - first]
+            else:
+                if written is None:
+                    written = np.memmap(self.cache / ROWS, np.float32, "r").reshape(-1, self.layout.width)
+                other = written[index]
+            if np.array_equal(other, row):
+                return index
+        return None
+
+    @staticmethod
+    def _within(row: NDArray[np.float32], block: NDArray[np.float32]) -> int:
+        """How many rows of the block are taken before `row`."""
+        return int((row.ctypes.data - block.ctypes.data) // block.strides[0])
+
+    def _write_index(self) -> None:
+        assert self.layout is not None
+        write_index(self.cache, self.layout, self.entries, self.skipped, {"duplicates": self.duplicates})
+
+
+def _sum(row: NDArray[np.float32]) -> float:
+    """A number that equal rows share and others hardly ever do: the bits, added up."""
+    even = row[: row.size // 2 * 2]
+    return float(np.add.reduce(even.view(np.uint64), dtype=np.uint64))
+
+
+def read_label(path: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Class and image ids of an adapter: of the JSON record beside it, else the class is the folder it lies in.
+
+    Raises:
+        InputError: a record that is not one.
+    """
+    label, images = "", ()
+    record = path.with_suffix(".json")
+    if not record.is_file():
+        record = path.parent / "metadata.json"
+    if record.is_file():
+        found = files.read_json(record, "record of the adapter")
+        if not isinstance(found, dict):
+            raise InputError("record of the adapter", value=record.name, allowed="an object with label")
+        label = next((str(found[key]) for key in ("label", "category_name", "class") if found.get(key)), "")
+        ids = found.get("image_ids") or ()
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(each, (str, int)) for each in ids):
+            raise InputError("image_ids of the record", value=record.name, allowed="a list of texts")
+        images = tuple(map(str, ids))
+    if not label and path.parent != folder:
+        label = path.parent.relative_to(folder).parts[0]
+    return label, images
+
+
+def write_index(
+    cache: Path, layout: Layout, entries: Sequence[Entry], skipped: Sequence[Skipped], more: dict[str, Any]
+) -> None:
+    """Write the index of a row file."""
+    import json
+
+    value = {"version": VERSION, **more, "layout": layout.as_list(), "entries": [asdict(e) for e in entries],
+             "skipped": [asdict(s) for s in skipped]}  # fmt: skip
+    files.write_text(cache / INDEX, json.dumps(value, ensure_ascii=False))
+
+
+def read_index(cache: Path) -> tuple[Layout, list[Entry], list[Skipped], dict[str, Any]]:
+    """Read an index.
+
+    Raises:
+        InputError: not an index of this version.
+    """
+    found = files.read_json(cache / INDEX, "index of the collection")
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise InputError("index of the collection", value=str(cache / INDEX), allowed=f"version {VERSION}")
+    try:
+        entries = [_entry(each) for each in found["entries"]]
+        skipped = [Skipped(**each) for each in found["skipped"]]
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError("index of the collection", value=str(cache / INDEX), allowed="entries and skipped") from error
+    more = {key: value for key, value in found.items() if key not in ("layout", "entries", "skipped", "version")}
+    return Layout.from_list(found.get("layout")), entries, skipped, more
+
+
+def _entry(values: Any) -> Entry:
+    lists = {name: tuple(values[name]) for name in ("images", "ranks", "scales", "notes")}
+    return Entry(**{**values, **lists})
+
+
+def find_files(folder: Path, cache: Path) -> Iterator[Path]:
+    """The safetensors files under a folder, by name; links that lead out of it are left out."""
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*.safetensors")):
+        if cache in path.parents or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.is_file() and path.resolve().is_relative_to(root):
+            yield path
