@@ -183,7 +183,7 @@ class Nudger:
                     "norms with a scale" if not isinstance(self.operation, Reinitialise) else "modules with weights"
                 )
                 raise InputError(f"{type(self.operation).__name__} at {name}", value=kind, allowed=allowed)
-            channels = layer.indices.to(weight.device)
+            channels = layer.indices.to(weight.device, copy=True)
             self._write(step, f"{path}.weight", channels, self._new(weight, channels, step))
             bias = getattr(module, "bias", None)
             if isinstance(self.operation, Reinitialise) and isinstance(bias, Tensor):
@@ -203,7 +203,7 @@ class Nudger:
 
     def _write(self, step: int, name: str, channels: Tensor, new: Tensor) -> None:
         parameter = self._parameters[name]
-        change = Change(step, name, channels, parameter[channels].clone(), new.clone())
+        change = Change(step, name, channels.clone(), parameter[channels].clone(), new.clone())
         for key, held in self._states(parameter).items():
             change.state[key] = held[channels].clone()
             if self.state == "all" or (self.state == "momentum" and key in ("exp_avg", "momentum_buffer")):

@@ -1,4 +1,4 @@
-"""The recipe: resumes bit for bit, takes published files, finds and revives what was planted, and says what is wrong."""
+"""The recipe: resumes bit for bit, takes published files, finds and revives what was planted, says what is wrong."""
 
 import csv
 import errno
@@ -20,7 +20,18 @@ from pysteer.recipes.vae.config import VaeDynamicsConfig
 from pysteer.recipes.vae.data import open_images
 from pysteer.recipes.vae.trainer import Trainer
 
-SMALL = ["data.resolution=16", "data.max_samples=24", "data.validation_max_samples=8", "data.batch_size=4", "training.max_train_steps=8", "training.lr_warmup_steps=2", "training.validation_steps=4", "tracking.track_interval=2", "model.plant=0.1", "device=cpu", "intervention.intervention_interval=2", "dead_neuron_tracking.track_interval=4", "saving.save_interval_steps=3", "logging.log_interval=1", "logit_lens.enabled=false", "evaluation.samples=8", "evaluation.num_samples_to_save=2"]  # fmt: skip
+SMALL = [
+    "data.resolution=16", "data.max_samples=24", "data.validation_max_samples=8", "data.batch_size=4",
+    "training.max_train_steps=8", "training.lr_warmup_steps=2", "training.validation_steps=4",
+    "tracking.track_interval=2", "model.plant=0.1", "device=cpu", "intervention.intervention_interval=2",
+    "dead_neuron_tracking.track_interval=4", "saving.save_interval_steps=3", "logging.log_interval=1",
+    "logit_lens.enabled=false", "evaluation.samples=8", "evaluation.num_samples_to_save=2",
+]  # fmt: skip
+AVERAGE = ["training.ema_decay=0.9", "training.adversarial_weight=0.1", "training.gradient_accumulation_steps=2"]
+LAST = ["tracking.window=last", "tracking.track_interval=4"]
+PRECISE = ["training.perceptual_weight=0.1", "training.mixed_precision=bf16"]
+LENS = ["logit_lens.enabled=true", "logit_lens.visualization_interval=1"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _config(*words: str) -> VaeDynamicsConfig:
@@ -51,19 +62,7 @@ def _trained(folder: Path, config: VaeDynamicsConfig, stop: int | None = None) -
     return trainer
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        (),
-        ("training.ema_decay=0.9", "training.adversarial_weight=0.1", "training.gradient_accumulation_steps=2"),
-        (
-            "tracking.window=last",
-            "tracking.track_interval=4",
-            "training.perceptual_weight=0.1",
-            "training.mixed_precision=bf16",
-        ),
-    ],
-)
+@pytest.mark.parametrize("words", [[], AVERAGE, [*LAST, *PRECISE]])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, words):
     config = _config(*words)
     whole = _trained(tmp_path / "whole", config)
@@ -97,7 +96,7 @@ def test_two_seeds_and_two_conditions_with_a_report(tmp_path):
         "logit_lens.enabled=true",
         "logit_lens.visualization_interval=8",
     ]
-    words += ["training.max_train_steps=10", "training.learning_rate=1e-4"]
+    words += ["training.max_train_steps=10", "training.learning_rate=1e-4", "classification.method=gamma"]
     folder, summary = execute("vae-dynamics", words, out=tmp_path)
     rows = {(row["condition"], row["seed"]): row for row in summary.tables["trainings"]}
     assert sorted(rows) == [("baseline", 42), ("baseline", 43), ("nudge", 42), ("nudge", 43)]
@@ -219,14 +218,7 @@ def test_keys_that_do_not_fit_are_said(words, says):
         (["data.validation_split_name=dev"], "train, test"),
         (["model.pretrained_vae_name=/nowhere/at/all"], "cannot be loaded"),
         (["training.mixed_precision=fp16"], "no, bf16 on a CPU"),
-        (
-            [
-                "logit_lens.enabled=true",
-                "logit_lens.visualization_interval=1",
-                "logit_lens.layers_to_analyze_direct=nothing",
-            ],
-            "no layer",
-        ),
+        ([*LENS, "logit_lens.layers_to_analyze_direct=nothing"], "no layer"),
     ],
 )
 def test_what_is_not_there_is_said_before_anything_is_lost(tmp_path, monkeypatch, words, says):

@@ -153,7 +153,9 @@ def _render_glyphs(wanted: Sequence[tuple[Path, str]], side: int) -> Tensor:
         large = Image.new("L", (size * 4 // 3 + 1, size * 4 // 3 + 1), 255)
         place = ((large.width - right + left) // 2 - left, (large.height - bottom + top) // 2 - top)
         ImageDraw.Draw(large).text(place, letter, font=made[path], fill=0)
-        pictures.append(np.asarray(large.resize((side, side), Image.Resampling.BOX)))
+        picture = np.asarray(large.resize((side, side), Image.Resampling.BOX))
+        if picture.min() < picture.max():  # fonts of symbols have no letters, or blank ones
+            pictures.append(picture)
     if not pictures:
         raise InputError("glyphs", value="none", allowed="at least one", fix="install more fonts")
     return torch.from_numpy(np.stack(pictures))

@@ -49,7 +49,7 @@ def curves(panels: Sequence[tuple[str, Curves, bool]]) -> Callable[[Theme], byte
                 mean = [sum(column) / len(column) for column in zip(*values, strict=True)]
                 low, high = ([f(column) for column in zip(*values, strict=True)] for f in (min, max))
                 axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-                axis.plot(steps, mean, color=colour, linewidth=1.9, label=condition)
+                axis.plot(steps, mean, color=colour, linewidth=1.9, marker=".", markersize=3, label=condition)
             axis.set_title(title, loc="left", fontsize=10, color=colours.ink)
             axis.set_xlabel("step", fontsize=9, color=colours.soft)
             if logarithmic:

@@ -91,7 +91,7 @@ def _comparison(cells: Sequence[Cell], compared: dict[str, Paired]) -> Section:
     caption = (
         f"{n} seeds; both conditions of a seed have the same weights at the start, order and noise. Brackets: 95 % "
         "intervals of the mean difference (Student's t). Bold: the interval leaves out 0. The sign-flip test is exact "
-        f"and cannot give a p below {2 / 2**n:.3g} with {n} pairs. Five measures are tested; none is corrected for that."
+        f"and cannot give a p below {2 / 2**n:.3g} with {n} pairs. Five measures are tested, none is corrected for it."
     )
     columns = ["measure", "baseline", "nudge", "difference", "95 % interval", "p, paired t", "p, sign flips"]
     values = {c: {m: [x.result["evaluation"][m] for x in cells if x.condition == c] for m in METRICS}
