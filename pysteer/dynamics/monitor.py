@@ -202,10 +202,15 @@ class Monitor:
             self.history.add(closed[-1])
         return closed
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The sums of windows that are still open, and whether the next forward pass counts."""
+    def state_dict(self, merged: bool = False) -> dict[str, Tensor]:
+        """The sums of windows that are still open, and whether the next forward pass counts.
+
+        With `merged`, the sums of all ranks together: every rank has to call it, and one alone may load it.
+        """
         held = {f"{w.point.name}/{phase}": w.sums[phase].moments for w in self._watches if w.sums for phase in PHASES}
-        return {"armed": torch.tensor(self._armed), **held}
+        if merged and _distributed(self.merge):
+            held = {key: merged_over_ranks(moments) for key, moments in held.items()}
+        return {"armed": torch.tensor(self._armed), **{key: moments.clone() for key, moments in held.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave.

@@ -46,7 +46,7 @@ class Observers:
     """
 
     def __init__(
-        self, config: VaeDynamicsConfig, model: nn.Module, optimizer: Any, folder: Path, nudge: bool, seed: int
+        self, config: VaeDynamicsConfig, model: nn.Module, optimizer: Any, folder: Path | None, nudge: bool, seed: int
     ) -> None:
         self.config = config
         self.monitor: Monitor | None = None
@@ -56,9 +56,8 @@ class Observers:
         tracking, part, rules = config.tracking, config.intervention, config.classification
         if tracking.enabled:
             layers = list(tracking.target_layers) or "GroupNorm"
-            self.monitor = Monitor(
-                model, layers, every=tracking.track_interval, window=tracking.window, folder=folder / "channel_history"
-            )
+            kept = None if folder is None else folder / "channel_history"
+            self.monitor = Monitor(model, layers, every=tracking.track_interval, window=tracking.window, folder=kept)
             if rules.enabled:
                 chosen = list(rules.layers_to_classify) or None
                 settings = {"layers": chosen, "persistence": rules.persistence, "model": model}
@@ -110,18 +109,24 @@ class Observers:
         return len(self.dead)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps as tensors, by file."""
-        parts = {"monitor": self.monitor, "classifier": self.classifier, "nudger": self.nudger}
-        return {name: each.state_dict() for name, each in parts.items() if each is not None}
+        """What a checkpoint keeps as tensors, by file; the sums of the monitor are those of all processes."""
+        held = {} if self.monitor is None else {"monitor": self.monitor.state_dict(merged=True)}
+        parts = {"classifier": self.classifier, "nudger": self.nudger}
+        return held | {name: each.state_dict() for name, each in parts.items() if each is not None}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps as JSON."""
         names = ("activity", "interventions", "dead", "first_seen", "last_seen", "weights")
         return {name: getattr(self, name) for name in names}
 
-    def restore(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        for name, each in (("monitor", self.monitor), ("classifier", self.classifier), ("nudger", self.nudger)):
+    def restore(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], main: bool = True
+    ) -> None:
+        """Go on from a checkpoint; sums of all processes are taken up by the main one alone."""
+        if self.monitor is not None:
+            sums = tensors["monitor"]
+            self.monitor.load_state_dict(sums if main else {"armed": sums["armed"]})
+        for name, each in (("classifier", self.classifier), ("nudger", self.nudger)):
             if each is not None:
                 each.load_state_dict(tensors.get(name, {}))
         for name in ("activity", "interventions", "dead", "first_seen", "last_seen", "weights"):

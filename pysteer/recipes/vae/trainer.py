@@ -39,7 +39,7 @@ def _seed(*keys: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little") >> 1
 
 
-def make_accelerator(config: VaeDynamicsConfig) -> Any:
+def make_accelerator(config: VaeDynamicsConfig, folder: Path, say: Say) -> Any:
     """The accelerator of a training.
 
     Raises:
@@ -54,7 +54,22 @@ def make_accelerator(config: VaeDynamicsConfig) -> Any:
     if config.training.mixed_precision == "fp16" and cpu:
         raise InputError("training.mixed_precision", value="fp16", allowed="no, bf16 on a CPU", fix="use bf16")
     AcceleratorState._reset_state(reset_partial_state=False)  # a second training may have another precision
-    return Accelerator(mixed_precision=config.training.mixed_precision, cpu=cpu)
+    trackers = _usable_trackers(config.logging.report_to, say)
+    precision = config.training.mixed_precision
+    return Accelerator(mixed_precision=precision, cpu=cpu, log_with=trackers or None, project_dir=str(folder / "logs"))
+
+
+def _usable_trackers(wanted: str, say: Say) -> list[str]:
+    """The trackers that are asked for and installed; a warning for the others."""
+    from importlib.util import find_spec
+
+    names = {"none": [], "all": ["tensorboard", "wandb"]}.get(wanted, [wanted])
+    modules = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+    usable = [name for name in names if any(find_spec(module) is not None for module in modules[name])]
+    for name in names:
+        if name not in usable:
+            say("logging.report_to: %s is not installed, its figures are in the tables only", name)
+    return usable
 
 
 class Trainer:
@@ -82,7 +97,7 @@ class Trainer:
     ) -> None:
         self.config, self.condition, self.seed, self.folder = config, condition, seed, folder
         self.images, self.held, self.say = images, held, say
-        self.accelerator = make_accelerator(config)
+        self.accelerator = make_accelerator(config, folder, say)
         part = config.training
         model = build_model(config.model, seed)
         self.planted = plant(model, config.model.plant)
@@ -101,7 +116,8 @@ class Trainer:
         self.judge, self.judge_optimizer = self._make_judge()
         self.average = [p.detach().clone() for p in self.plain.parameters()] if part.ema_decay else []
         nudge = condition == "nudge"
-        self.observers = Observers(config, self.plain, self.optimizer, folder, nudge, seed)
+        main = self.accelerator.is_main_process
+        self.observers = Observers(config, self.plain, self.optimizer, folder if main else None, nudge, seed)
         self.step, self.log_rows, self.validations = 0, [], []  # type: ignore[var-annotated]
         self.seconds = 0.0
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -161,7 +177,7 @@ class Trainer:
         self.resume()
         advance(self.step)
         start = time.monotonic() - self.seconds
-        trackers = _trackers(self)
+        trackers = self._start_trackers()
         monitor = self.observers.monitor
         if monitor is not None:
             monitor.attach()
@@ -177,6 +193,14 @@ class Trainer:
             if trackers:
                 self.accelerator.end_training()
         self.finish()
+
+    def _start_trackers(self) -> bool:
+        if not self.accelerator.log_with:
+            return False
+        config = self.config
+        settings = {"wandb": {"name": config.run_name or None, "entity": config.logging.entity or None}}
+        self.accelerator.init_trackers(config.project_name, init_kwargs=settings)
+        return True
 
     def train_step(self) -> None:
         """One step of the optimizer."""
@@ -294,12 +318,13 @@ class Trainer:
         """Write a checkpoint."""
         if self.observers.monitor is not None:
             self.observers.monitor.history.flush()
+        watched = self.observers.tensors()  # merged over the processes, so all take part
         if not self.accelerator.is_main_process:
             return
         tensors: dict[str, Any] = {
             "model": dict(self.plain.state_dict()),
             "optimizer": optimizer_tensors(self.optimizer, self.plain),
-            **self.observers.tensors(),
+            **watched,
         }
         if self.average:
             tensors["ema"] = {str(i): value for i, value in enumerate(self.average)}
@@ -338,7 +363,7 @@ class Trainer:
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.log_rows, self.validations, self.seconds = state["log"], state["validations"], state["seconds"]
-        self.observers.restore(self.step, tensors, state["observers"])
+        self.observers.restore(self.step, tensors, state["observers"], self.accelerator.is_main_process)
 
     def finish(self) -> None:
         """Write the trained model and the tables."""
@@ -381,32 +406,3 @@ def _save_model(model: Any, folder: Path) -> None:
     files.write_safetensors(folder / "diffusion_pytorch_model.safetensors", state, {"format": "pt"})
     config = {"_class_name": type(model).__name__, **{k: v for k, v in model.config.items() if not k.startswith("_")}}
     files.write_json(folder / "config.json", config)
-
-
-def _trackers(trainer: Trainer) -> bool:
-    """Start tensorboard or wandb where they are asked for; what is not installed is left out with a warning."""
-    wanted = trainer.config.logging.report_to
-    if wanted == "none":
-        return False
-    from accelerate.tracking import filter_trackers  # type: ignore[import-untyped]
-
-    names = ["tensorboard", "wandb"] if wanted == "all" else [wanted]
-    available = {"tensorboard": _has("tensorboard") or _has("tensorboardX"), "wandb": _has("wandb")}
-    usable = [name for name in names if available[name]]
-    for name in names:
-        if name not in usable:
-            trainer.say("logging.report_to: %s is not installed, its figures are in the tables only", name)
-    if not usable:
-        return False
-    trainer.accelerator.project_configuration.set_directories(str(trainer.folder))
-    trainer.accelerator.log_with = filter_trackers(usable, str(trainer.folder / "logs"))
-    config = trainer.config
-    settings = {"wandb": {"name": config.run_name or None, "entity": config.logging.entity or None}}
-    trainer.accelerator.init_trackers(config.project_name, init_kwargs=settings if "wandb" in usable else {})
-    return True
-
-
-def _has(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
