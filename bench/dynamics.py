@@ -1,7 +1,10 @@
 """What it costs to watch the channels and the weights of a small autoencoder while it trains.
 
-    python -m bench.dynamics            # measures and stores
-    python -m bench.dynamics table      # prints the newest stored result
+    python -m bench.dynamics                             # measures and stores
+    python -m bench.dynamics table                       # prints the newest stored result
+    python -m bench.dynamics store results/fashion       # keeps the figures of a run of `vae-dynamics`
+    python -m bench.dynamics runs                        # prints those that are kept
+    python -m bench.dynamics docs                        # writes both into docs/dynamics.md
 
 The model is an AutoencoderKL with 32, 64 and 64 channels (0.95 M parameters) on batches of 4 pictures of 32 x 32. The
 contenders take turns, so that a busy machine slows all of them alike. A step is forward, backward and AdamW; what is
@@ -20,16 +23,20 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.record import append, machine, stored
+from bench.record import RESULTS, append, machine, stored
 from pysteer.dynamics import Monitor, WeightHealth
 from pysteer.dynamics.points import is_kind
+from pysteer.errors import InputError
+from pysteer.files import read_json, write_text
 
 EVERY = 20
+DOCS = RESULTS.parent.parent / "docs/dynamics.md"
 _LOGGER = logging.getLogger("bench.dynamics")
 
 
@@ -205,20 +212,76 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Medians of {result['rounds']} rounds of {EVERY} steps each. {about}."])
 
 
+def store(folder: Path) -> Path:
+    """Keep what a run of the recipe `vae-dynamics` found out."""
+    summary = read_json(folder / "summary.json", "summary of the run")
+    if summary.get("recipe") != "vae-dynamics":
+        raise InputError("run to keep", value=str(folder), allowed="a run of vae-dynamics")
+    first = next(iter(sorted(folder.glob("**/result.json"))))
+    about = {key: read_json(first)[key] for key in ("images", "steps", "parameters")}
+    seconds = read_json(folder / "stages/train.json")["seconds"]
+    headline = {key: value for key, value in summary["headline"].items()}
+    kept = {"name": folder.name, "about": about, "seconds": seconds, "headline": headline, **machine()}
+    return append("vae-dynamics", kept)
+
+
+def runs_table() -> str:
+    """The newest stored run of every name as a table in Markdown."""
+    newest = {result["name"]: result for result in stored("vae-dynamics")}
+    names = {"mse": "MSE", "kl": "KL", "psnr": "PSNR, dB", "ssim": "SSIM", "feature_distance": "feature distance"}
+    lines = ["| run | measure | baseline | nudge | difference | p, paired t | p, sign flips |", "|---" * 7 + "|"]
+    notes = []
+    for name, result in newest.items():
+        found = result["headline"]
+        for key, title in names.items():
+            row = found[key]
+            ends = f"{row['difference']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
+            chances = f"{row['p_t']:.3f} | {row['p_signs']:.3f}"
+            lines.append(f"| {name} | {title} | {row['first']:.4g} | {row['second']:.4g} | {ends} | {chances} |")
+        planted = [found[condition] for condition in ("baseline", "nudge")]
+        counts = ", ".join(
+            f"alive at the end with {condition} {own['planted_revived']:.1f}"
+            for condition, own in zip(("baseline", "nudge"), planted, strict=True)
+        )
+        about, where = result["about"], result["machine"]
+        notes.append(
+            f"{name}: {about['images']}, {found['mse']['pairs']} seeds, {about['steps']} steps, {about['parameters']} "
+            f"parameters; of {planted[1]['planted_total']:.0f} planted channels {planted[1]['planted_found']:.0f} were "
+            f"found, {counts} (mean of the seeds); {result['seconds']:.0f} s on {where['processor']}, "
+            f"{result['date'][:10]}."
+        )
+    return "\n".join([*lines, "", *notes])
+
+
+def docs_text(text: str) -> str:
+    """The page of the docs with the newest figures between their marks."""
+    tables = {"dynamics": table(stored("dynamics")[-1]), "vae-dynamics": runs_table()}
+    for name, block in tables.items():
+        start, end = text.index(f"<!-- {name}: "), text.index(f"<!-- /{name} -->")
+        start = text.index("\n", start) + 1
+        text = f"{text[:start]}{block}\n{text[end:]}"
+    return text
+
+
 def main() -> None:
-    """Measure, print, store; or print what is stored."""
+    """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="measure", choices=["measure", "table"])
+    parser.add_argument("what", nargs="?", default="measure", choices=["measure", "table", "store", "runs", "docs"])
+    parser.add_argument("folder", nargs="?", type=Path, help="of the run to store")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
     asked = parser.parse_args()
-    if asked.what == "table":
-        print(table(stored("dynamics")[-1]))
-        return
-    result = {**machine(), "rounds": asked.rounds, "monitoring": monitoring(asked.rounds), "weights": weights(15)}
-    print(table(result))
-    if not asked.dry_run:
-        append("dynamics", result)
+    if asked.what == "store":
+        print(store(asked.folder))
+    elif asked.what == "docs":
+        write_text(DOCS, docs_text(DOCS.read_text(encoding="utf-8")))
+    elif asked.what != "measure":
+        print(table(stored("dynamics")[-1]) if asked.what == "table" else runs_table())
+    else:
+        result = {**machine(), "rounds": asked.rounds, "monitoring": monitoring(asked.rounds), "weights": weights(15)}
+        print(table(result))
+        if not asked.dry_run:
+            append("dynamics", result)
 
 
 if __name__ == "__main__":
