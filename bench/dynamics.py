@@ -220,7 +220,7 @@ def store(folder: Path) -> Path:
     first = next(iter(sorted(folder.glob("**/result.json"))))
     about = {key: read_json(first)[key] for key in ("images", "steps", "parameters")}
     seconds = read_json(folder / "stages/train.json")["seconds"]
-    headline = {key: value for key, value in summary["headline"].items()}
+    headline = summary["headline"]
     kept = {"name": folder.name, "about": about, "seconds": seconds, "headline": headline, **machine()}
     return append("vae-dynamics", kept)
 

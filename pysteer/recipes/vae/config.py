@@ -323,17 +323,17 @@ class VaeDynamicsConfig:
         project_name: for trackers.
         run_name: for trackers; the folder is named by --name.
         output_dir: accepted; the folder of all runs is named by --out.
-        model: see ModelPart.
-        data: see DataPart.
-        training: see TrainingPart.
-        logging: see LoggingPart.
-        saving: see SavingPart.
-        dead_neuron_tracking: see WeightsPart.
-        tracking: see TrackingPart.
-        logit_lens: see LensPart.
-        classification: see ClassificationPart.
-        intervention: see InterventionPart.
-        evaluation: see EvaluationPart.
+        model: the autoencoder.
+        data: the images.
+        training: how it is trained.
+        logging: what is logged.
+        saving: checkpoints.
+        dead_neuron_tracking: dead weights.
+        tracking: activity of channels.
+        logit_lens: pictures of channels.
+        classification: which channels are dead.
+        intervention: what is done to them.
+        evaluation: how the trained model is measured.
     """
 
     stage: Literal["run", "evaluate"] = "run"
