@@ -90,6 +90,10 @@ class RowDecoder:
         self.lm, self.rows, self.max_new_tokens, self.skip = lm, rows, max_new_tokens, skip
         self.sampling, self.position = sampling or Sampling(), position
         self.ends = _end_tokens(lm) if stop_at_end else frozenset()
+        self.attention = str(getattr(lm.model.config, "_attn_implementation", "eager"))
+        if self.attention not in ("sdpa", "eager"):
+            fix = 'load the model with attn_implementation="sdpa"'
+            raise InputError("attention of the model", value=self.attention, allowed="sdpa, eager", fix=fix)
         names = inspect.signature(type(lm.model).forward).parameters
         self.cache_name = next((name for name in ("cache", "past_key_values") if name in names), "")
         if not self.cache_name:
@@ -115,7 +119,10 @@ class RowDecoder:
         return max(self.skip, len(request.prompt) - 1) if self.position == "last" else self.skip
 
     def _check(self, requests: Sequence[Request], plan: Plan | None) -> None:
-        room = getattr(self.lm.model.config, "max_position_embeddings", None)
+        config = _text_config(self.lm)
+        # One mask serves all layers: those with a window must see a text whole.
+        known = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        room = min((size for size in known if isinstance(size, int)), default=None)
         for request in requests:
             length = len(request.prompt) + self.max_new_tokens
             if not request.prompt or (room is not None and length > room):
@@ -153,8 +160,9 @@ class _State:
         self.decoder, self.handle = decoder, handle
         lm = decoder.lm
         room = longest_prompt + decoder.max_new_tokens
-        config = lm.model.config.get_text_config() if hasattr(lm.model.config, "get_text_config") else lm.model.config
-        self.cache = RowCache(config.num_hidden_layers, size, room, lm.device)
+        self.cache = RowCache(_text_config(lm).num_hidden_layers, size, room, lm.device)
+        # Plain attention adds its mask to the scores.
+        self.added = next(lm.model.parameters()).dtype if decoder.attention == "eager" else None
         self.rows: list[_Row | None] = [None] * size
         self.tokens = torch.zeros(size, room, dtype=torch.int64)  # on the CPU: written one by one
         self.steered: Tensor | None = None
@@ -180,7 +188,7 @@ class _State:
         positions = fed.to(device)
         self.cache.at(positions, int(fed.max()))
         given: dict[str, Any] = {self.decoder.cache_name: self.cache, "use_cache": True}
-        out = lm.model(ids, attention_mask=self.cache.mask(), position_ids=positions[:, None], **given)
+        out = lm.model(ids, attention_mask=self.cache.mask(self.added), position_ids=positions[:, None], **given)
         return out.logits[:, -1]
 
     def _steer(self, fed: Tensor) -> None:
@@ -221,6 +229,11 @@ class _State:
             return True
         self.tokens[row.index, row.fed + 1] = token
         return False
+
+
+def _text_config(lm: LanguageModel) -> Any:
+    config = lm.model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _end_tokens(lm: LanguageModel) -> frozenset[int]:

@@ -79,6 +79,12 @@ class RowCache(Cache):
         """Take the place of the coming token of each row, int64 `[R]`; `longest` is the largest of them."""
         self.positions, self.used = positions, longest + 1
 
-    def mask(self) -> Tensor:
-        """Which tokens each row attends to, its coming one included: bool `[R, 1, 1, used]`."""
-        return (self.places[: self.used] <= self.positions[:, None])[:, None, None]
+    def mask(self, added: torch.dtype | None = None) -> Tensor:
+        """Which tokens each row attends to, its coming one included: bool `[R, 1, 1, used]`.
+
+        With a dtype `added`, numbers that are added to the scores: 0, and the smallest one for what is masked.
+        """
+        seen = (self.places[: self.used] <= self.positions[:, None])[:, None, None]
+        if added is None:
+            return seen
+        return torch.zeros(seen.shape, dtype=added, device=seen.device).masked_fill_(~seen, torch.finfo(added).min)

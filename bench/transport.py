@@ -1,0 +1,242 @@
+"""Transporting activations: a sweep of strengths against the usual loop, the cost of incremental fits, memory of fits.
+
+    python -m bench.transport sweep --prompts 4
+    python -m bench.transport fits
+    python -m bench.transport memory
+
+SmolLM2-135M with its real weights, one thread. The loop does what the published pipeline does: for every strength it
+reads the maps, makes new hooks, registers them at every layer norm, generates prompt after prompt, and removes them.
+Contenders take turns, strength by strength; process time is given beside wall time, because other programs on the
+machine make the latter uncertain. Figures of `concepts` are those of `act-text` runs, stored with `concepts FOLDER...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.language import usual_hook
+from bench.memory import _held
+from bench.record import append, machine
+from pysteer import files
+from pysteer.capture.fitted import Fitted
+from pysteer.data.concepts import concept_sentences, openings
+from pysteer.data.tasks import Task
+from pysteer.methods import GaussianTransport, LinearAcT, MeanDifference
+from pysteer.models.language import LanguageModel, smollm2
+from pysteer.recipes.transport.decoder import Request, RowDecoder, in_order
+from pysteer.recipes.transport.sampling import Sampling
+from pysteer.recipes.transport.text_trial import fit_texts
+from pysteer.steering import SiteParameters
+
+STRENGTHS = [round(0.1 * i, 1) for i in range(11)]
+GREEDY = Sampling(temperature=0.0, top_p=1.0, repetition_penalty=1.0)
+
+
+def loaded(name: str, dtype: torch.dtype) -> LanguageModel:
+    """SmolLM2, or a folder that holds it."""
+    lm = smollm2() if name == "smollm2" else LanguageModel.from_pretrained(name)
+    return lm.to(dtype)
+
+
+def task_of(count: int | None = None) -> Task:
+    """The sentences about football, repeated to `count` where more are wanted."""
+    source, target = concept_sentences("football")
+    if count is None:
+        return Task("football", source, target)
+    return Task(
+        "football", [source[i % len(source)] for i in range(count)], [target[i % len(target)] for i in range(count)]
+    )
+
+
+def looped(lm: LanguageModel, folder: Path, strength: float, prompts: list[str], tokens: int, batch: int) -> list[str]:
+    """One strength of the usual loop: read the maps, new hooks, generate in batches of `batch`, remove the hooks."""
+    handles = [
+        lm.model.get_submodule(entry.site).register_forward_hook(blended_hook(entry, strength))
+        for entry in Fitted.from_pretrained(folder).parameters
+    ]
+    try:
+        texts: list[str] = []
+        for start in range(0, len(prompts), batch):
+            texts += lm.generate(prompts[start : start + batch], max_new_tokens=tokens, min_new_tokens=tokens)
+        return texts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blended_hook(entry: SiteParameters, strength: float) -> Callable[..., Any]:
+    """The published blend with the strength of this hook; the first token of a text is left alone, as by pysteer."""
+    scaled = SiteParameters(entry.site, entry.op, None, dict(entry.tensors), dict(entry.options))
+    gain = scaled.tensors["gain"]
+    scaled.tensors["gain"] = 1 + strength * (gain - 1)
+    scaled.tensors["bias"] = strength * scaled.tensors["bias"]
+    inner = usual_hook(scaled)
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        moved = inner(module, args, output)
+        if output.shape[1] > 1:
+            moved = torch.cat((output[:, :1], moved[:, 1:]), dim=1)
+        return moved
+
+    return hook
+
+
+def sweep(lm: LanguageModel, prompts: int, tokens: int, rows: int, batch: int) -> dict[str, Any]:
+    """11 strengths: all rows of one batch, against the loop; the same texts where arithmetic allows it."""
+    asked = [opening for use in ("report", "search") for opening in openings(use)]
+    # The loop pads prompts of a batch on the left, where its hooks reach; alone they have no padding.
+    chosen = [asked[i % len(asked)] for i in range(prompts)]
+    ids = [tuple(one) for one in lm.token_ids(chosen)]
+    sites = [f"model.layers.{i}.{kind}_layernorm" for i in range(lm.model.config.num_hidden_layers)
+             for kind in ("input", "post_attention")]  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "maps"
+        fit_texts(lm, LinearAcT(), task_of(), sites).save_pretrained(folder)
+        plan = Fitted.from_pretrained(folder).plan()
+        decoder = RowDecoder(lm, rows=rows, max_new_tokens=tokens, sampling=GREEDY, stop_at_end=False)
+        requests = [Request(one, strength) for one in ids for strength in STRENGTHS]
+        cpu, wall = time.process_time(), time.perf_counter()
+        made = in_order(decoder, requests, plan)
+        ours = (time.process_time() - cpu, time.perf_counter() - wall)
+        loops: list[tuple[float, float]] = []
+        texts: dict[float, list[str]] = {}
+        for strength in STRENGTHS:
+            cpu, wall = time.process_time(), time.perf_counter()
+            texts[strength] = looped(lm, folder, strength, chosen, tokens, batch)
+            loops.append((time.process_time() - cpu, time.perf_counter() - wall))
+    own = {
+        (request.strength, i // len(STRENGTHS)): one
+        for i, (request, one) in enumerate(zip(requests, made, strict=True))
+    }
+    decoded = {key: lm.tokenizer.decode(list(one.tokens), skip_special_tokens=True) for key, one in own.items()}
+    same = [decoded[strength, i] == texts[strength][i] for strength in STRENGTHS for i in range(prompts)]
+    loop = [sum(column) for column in zip(*loops, strict=True)]
+    return {
+        "prompts": prompts, "strengths": len(STRENGTHS), "tokens": tokens, "rows": rows, "loop_batch": batch,
+        "dtype": str(next(lm.model.parameters()).dtype),
+        "ours_cpu": ours[0], "ours_wall": ours[1], "loop_cpu": loop[0], "loop_wall": loop[1],
+        "speedup_cpu": loop[0] / ours[0], "speedup_wall": loop[1] / ours[1],
+        "same_text": statistics.mean(same),
+        "same_text_at_0": statistics.mean(same[:prompts]),
+        "changed": statistics.mean(decoded[1.0, i] != decoded[0.0, i] for i in range(prompts)),
+    }  # fmt: skip
+
+
+def fits(lm: LanguageModel, sites: int, rounds: int) -> dict[str, Any]:
+    """Process time of an incremental fit over that of a fit at once, with the same texts and sites."""
+    names = [f"block.{i}" for i in range(lm.model.config.num_hidden_layers)]
+    names += [f"mlp.{i}" for i in range(lm.model.config.num_hidden_layers)]
+    task, ratios, seconds = task_of(), [], []
+    for _ in range(rounds + 1):  # the first one warms up
+        spent = []
+        for sequential in (False, True):
+            start = time.process_time()
+            fit_texts(lm, LinearAcT(), task, names[:sites], sequential=sequential, batch_size=32)
+            spent.append(time.process_time() - start)
+        ratios.append(spent[1] / spent[0])
+        seconds.append(spent)
+    return {
+        "sites": sites, "texts": len(task.source) + len(task.target), "ratio": statistics.median(ratios[1:]),
+        "at_once": statistics.median(s[0] for s in seconds[1:]),
+        "incremental": statistics.median(s[1] for s in seconds[1:]),
+    }  # fmt: skip
+
+
+def grown(call: Callable[[], Any]) -> int:
+    """Bytes that a call holds at its peak beyond what is held before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _held("VmRSS")
+    result = call()
+    after = _held("VmHWM")
+    del result
+    return max(0, after - before)
+
+
+def memory(lm: LanguageModel, texts: int, sites: int) -> list[dict[str, Any]]:
+    """Peak memory of fits from so many texts per class at so many sites, beyond a run over one batch of them."""
+    names = [f"{kind}.{i}" for kind in ("block", "mlp") for i in range(lm.model.config.num_hidden_layers)][:sites]
+    task = task_of(texts)
+    small = task_of(32)
+    rows = []
+    for method in (MeanDifference(), GaussianTransport(), LinearAcT()):
+        one = grown(lambda m=method: fit_texts(lm, m, small, names, batch_size=32))  # type: ignore[misc]
+        one = min(one, grown(lambda m=method: fit_texts(lm, m, small, names, batch_size=32)))  # type: ignore[misc]
+        whole = grown(lambda m=method: fit_texts(lm, m, task, names, batch_size=32))  # type: ignore[misc]
+        width = lm.model.config.hidden_size
+        promised = 4 * 2 * texts * width * sites if isinstance(method, LinearAcT) else 2 * 64 * width * sites
+        rows.append(
+            {
+                "method": method.name,
+                "texts": 2 * texts,
+                "sites": sites,
+                "one_batch": one,
+                "peak": whole,
+                "promised": promised,
+            }
+        )
+    return rows
+
+
+def concepts(folders: list[str]) -> list[dict[str, Any]]:
+    """The results of `act-text` runs: what was reached per concept and method."""
+    rows = []
+    for folder in folders:
+        summary = files.read_json(Path(folder) / "summary.json", "summary of a run")
+        rows.append(
+            {
+                "task": summary["name"],
+                "best": summary["best"],
+                "headline": summary["headline"],
+                "methods": summary["tables"]["methods"],
+                "seconds": summary["seconds"],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run, print, store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("sweep", "fits", "memory", "concepts"))
+    parser.add_argument("folders", nargs="*", help="run folders of act-text, for `concepts`")
+    parser.add_argument("--model", default="smollm2", help="smollm2, or a folder that holds it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time in the loop")
+    parser.add_argument("--sites", type=int, default=60)
+    parser.add_argument("--texts", type=int, default=500, help="per class")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dry-run", action="store_true", help="do not store the result")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if asked.what == "concepts":
+        found: Any = concepts(asked.folders)
+    else:
+        lm = loaded(asked.model, getattr(torch, asked.dtype))
+        if asked.what == "sweep":
+            found = sweep(lm, asked.prompts, asked.tokens, asked.rows, asked.batch)
+        elif asked.what == "fits":
+            found = fits(lm, asked.sites, asked.rounds)
+        else:
+            found = memory(lm, asked.texts, asked.sites)
+    print(found)
+    if not asked.dry_run:
+        append("transport", {"what": asked.what, "result": found, **machine()})
+
+
+if __name__ == "__main__":
+    main()
