@@ -49,7 +49,7 @@ def make_accelerator(config: VaeDynamicsConfig, folder: Path, say: Say) -> Any:
         from accelerate import Accelerator  # type: ignore[import-untyped]
         from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
     except ImportError as error:
-        raise InputError("training needs accelerate", fix="pip install 'pysteer-core[diffusion]'") from error
+        raise InputError("training needs accelerate", fix="pip install 'pysteer-core[dynamics]'") from error
     cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     if config.training.mixed_precision == "fp16" and cpu:
         raise InputError("training.mixed_precision", value="fp16", allowed="no, bf16 on a CPU", fix="use bf16")
