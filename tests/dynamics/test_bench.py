@@ -7,8 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import dynamics  # noqa: E402 (the benchmarks are not installed)
-from bench.record import stored  # noqa: E402
+from bench import dynamics
+from bench.record import stored
 
 RESULT = {
     "rounds": 3,
