@@ -21,7 +21,7 @@ from pysteer.families.base import find_family
 from pysteer.models.load import load_model
 from pysteer.models.sae import SparseAutoencoder
 from pysteer.recipes.dreaming.page import training_report
-from pysteer.recipes.dreaming.prompts import Captions, find_captions
+from pysteer.recipes.dreaming.prompts import FIXED, Captions, find_captions
 from pysteer.recipes.frame import Run, Summary, recipe
 from pysteer.recipes.prototype.generator import choose_device
 
@@ -38,6 +38,7 @@ class SaeConfig:
         site: where activations are read; `pysteer capture MODEL --help` says how sites are named.
         prompts: file of prompts; empty for captions of the bundled generators.
         count: prompts used, of the file or drawn; 0 for all of the file.
+        fixed: attributes that all captions that are drawn state.
         steps: denoising steps that are read; empty for all.
         rows: cond or uncond.
         settings: arguments of the pipeline.
@@ -51,9 +52,10 @@ class SaeConfig:
     """
 
     model: str = "diffusion-shapes"
-    site: str = "up.1.0"
+    site: str = "block.5"
     prompts: str = ""
-    count: int = 1400
+    count: int = 768
+    fixed: dict[str, str] = field(default_factory=lambda: dict(FIXED))
     steps: tuple[int, ...] = ()
     rows: str = "cond"
     settings: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0, "num_inference_steps": 20})
@@ -84,7 +86,7 @@ def run_sae(config: SaeConfig, run: Run) -> Summary:
         pipe.to(device)
     family = find_family(pipe)
     (site,) = choose_sites(family, pipe, config.site)
-    told = find_captions(config.prompts, config.count, config.seed)
+    told = find_captions(config.prompts, config.count, config.seed, fixed=config.fixed)
     source = _source(config, run, pipe, told)
     sae, history = _trained(config, run, source, device)
     quality, measured = _measured(config, run, pipe, Features(site, sae.width, sae))
@@ -137,7 +139,9 @@ def _measured(
 ) -> tuple[dict[str, float], Selectivity | None]:
     """FVU, L0 and dead latents on fresh prompts, and the selectivity of all latents where prompts have labels."""
     assert features.sae is not None
-    fresh = find_captions(config.prompts, config.test_count, config.seed + _FRESH, skip=config.count)
+    fresh = find_captions(
+        config.prompts, config.test_count, config.seed + _FRESH, skip=config.count, fixed=config.fixed
+    )
     seeds = [config.seed + _FRESH + i for i in range(len(fresh.texts))]
     with run.stage("quality", features.digest()) as stage:
         if not stage.done:

@@ -10,6 +10,7 @@ from pysteer.dream.capture import ROLES
 from pysteer.dream.deep_dream import DreamConfig
 from pysteer.dream.prior import TIMES
 from pysteer.errors import InputError
+from pysteer.recipes.dreaming.prompts import FIXED
 
 STAGES = ("provision", "capture", "timestep_analysis", "plots", "prior", "deep_dream", "representation")
 SEEDS = (1024, 1111, 4359, 3248, 1026)
@@ -233,6 +234,7 @@ class DreamRecipeConfig:
         use_sae: look at the latents of the autoencoder.
         use_raw: look at the channels of the site.
         prompts: file of prompts; empty for captions of the bundled generators.
+        fixed: attributes that all captions that are drawn state.
         features: how many features priors and dreams are made of, for each kind; 0 for all that are active.
         choose: activity takes those that are active most, selectivity those that tell a label best (where prompts
             have labels).
@@ -255,6 +257,7 @@ class DreamRecipeConfig:
     use_sae: bool = True
     use_raw: bool = True
     prompts: str = ""
+    fixed: dict[str, str] = field(default_factory=lambda: dict(FIXED))
     features: int = 16
     choose: str = "selectivity"
     settings: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 3.0, "num_inference_steps": 20})

@@ -8,7 +8,9 @@ from pysteer.capture.prompts import read_prompts
 from pysteer.errors import InputError
 from pysteer.zoo.shapes.captions import Scene, parse_caption, sample_scenes
 
-LABELS = ("shape", "colour")  # of a caption, the classes that the bundled classifier tells
+# Of captions that are drawn: with place, size and background given, what differs is shape and colour.
+FIXED = {"size": "large", "position": "center", "background": "gray"}
+LABELS = ("shape", "colour")  # of a caption
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Captions:
     attributes: dict[str, list[str]]
 
 
-def find_captions(path: str, count: int, seed: int, skip: int = 0) -> Captions:
+def find_captions(path: str, count: int, seed: int, skip: int = 0, fixed: dict[str, str] | None = None) -> Captions:
     """The prompts of a run.
 
     Args:
@@ -28,6 +30,7 @@ def find_captions(path: str, count: int, seed: int, skip: int = 0) -> Captions:
         count: how many; 0 for all of the file.
         seed: of captions that are drawn.
         skip: prompts of the file to leave out, where there are more.
+        fixed: attributes that all captions that are drawn state, such as `{"background": "gray"}`.
 
     Raises:
         InputError: a file that cannot be used, or no count for captions that are drawn.
@@ -35,7 +38,7 @@ def find_captions(path: str, count: int, seed: int, skip: int = 0) -> Captions:
     if not path:
         if count < 1:
             raise InputError("number of captions", value=count, allowed="a whole number above 0")
-        scenes = sample_scenes(count, seed)
+        scenes = sample_scenes(count, seed, fixed)
         known = {"shape": [scene.shape for scene in scenes], "colour": [scene.colour for scene in scenes]}
         return Captions([scene.caption for scene in scenes], [""] * count, _stated(known, scenes))
     found = read_prompts(path)

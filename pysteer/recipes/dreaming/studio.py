@@ -88,7 +88,9 @@ class Studio:
     @cached_property
     def captions(self) -> Captions:
         """The prompts."""
-        return find_captions(self.config.prompts, self.config.capture.dev_n_prompts, self.config.seed)
+        return find_captions(
+            self.config.prompts, self.config.capture.dev_n_prompts, self.config.seed, fixed=self.config.fixed
+        )
 
     @property
     def timesteps(self) -> int:
