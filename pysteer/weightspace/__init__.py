@@ -10,6 +10,7 @@ _PLACES = {
     "nearest": "canonical", "similarity": "canonical", "Directions": "directions", "Direction": "directions",
     "negate": "directions", "attached": "attaching", "layer_inputs": "attaching", "predicted_shifts": "attaching",
     "plan_of": "attaching", "Task": "classify", "measure": "classify", "Outcome": "classify",
+    "invert": "inversion", "Inversion": "inversion",
 }  # fmt: skip
 
 __all__ = sorted(_PLACES)

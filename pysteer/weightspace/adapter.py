@@ -104,9 +104,9 @@ def read_adapter(path: str | Path) -> Adapter:
 
 def config_alpha(path: Path) -> tuple[float, int] | None:
     """alpha and r of the `adapter_config.json` of PEFT beside a file; None where there is none."""
-    config = path.parent / "adapter_config.json"
-    if not config.is_file() or path.name != "adapter_model.safetensors":
+    if path.name != "adapter_model.safetensors" or not (path.parent / "adapter_config.json").is_file():
         return None
+    config = path.parent / "adapter_config.json"
     found = files.read_json(config, "adapter config")
     try:
         alpha, rank = float(found["lora_alpha"]), int(found["r"])

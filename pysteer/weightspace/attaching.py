@@ -57,8 +57,10 @@ def attached(pipe: Any, adapters: Adapter | Sequence[Adapter], strength: float =
     with ExitStack() as stack:
         for component, factors in by_part(many).items():
             root = getattr(inner, component, None) if component in _PARTS else None
+            if root is None:
+                raise InputError("component of the adapter", value=component, allowed="one that the pipeline has")
             _check(root, component, factors)
-            device = next(root.parameters()).device  # type: ignore[union-attr]
+            device = next(root.parameters()).device
             placed = Factors(*({k: v.to(device) for k, v in part.items()} for part in (factors.down, factors.up)))
             # One adapter for every row, however many there are: a row group of its own each.
             size = rows if len(many) > 1 else 1
@@ -67,8 +69,6 @@ def attached(pipe: Any, adapters: Adapter | Sequence[Adapter], strength: float =
 
 
 def _check(root: Any, component: str, factors: Factors) -> None:
-    if root is None:
-        raise InputError("component of the adapter", value=component, allowed="one that the pipeline has")
     modules = dict(root.named_modules())
     for path, down in factors.down.items():
         module = modules.get(path)

@@ -58,7 +58,7 @@ class Outcome:
         per_run = int(self.confusion.sum()) // count
         low, high = wilson(round(mean * per_run), per_run)
         if count > 1:
-            from scipy.stats import t
+            from scipy.stats import t  # type: ignore[import-untyped]
 
             half = float(t.ppf(0.975, count - 1)) * float(np.std(self.accuracies, ddof=1)) / math.sqrt(count)
             low, high = min(low, mean - half), max(high, mean + half)
@@ -199,7 +199,7 @@ def _ridge(data: Coordinates, train: Tensor, val: Tensor, classes: int, seed: in
 
 
 def _linear(data: Coordinates, train: Tensor, val: Tensor, classes: int, seed: int) -> Tensor:
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
     best, found = -1.0, None
     for strength in (1e-4, 1e-3, 1e-2, 1e-1):
@@ -212,7 +212,7 @@ def _linear(data: Coordinates, train: Tensor, val: Tensor, classes: int, seed: i
 
 
 def _boosting(data: Coordinates, train: Tensor, val: Tensor, classes: int, seed: int) -> Tensor:
-    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.ensemble import HistGradientBoostingClassifier  # type: ignore[import-untyped]
 
     model = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=15, learning_rate=0.15, early_stopping=False,
                                            random_state=seed)  # fmt: skip

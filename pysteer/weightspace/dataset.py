@@ -18,7 +18,7 @@ from pysteer.errors import InputError
 from pysteer.weightspace.layout import Layout
 from pysteer.weightspace.loraset import LoraSet
 from pysteer.weightspace.names import parse_name
-from pysteer.weightspace.store import ROWS, Entry, Skipped, read_index, write_index
+from pysteer.weightspace.store import ROWS, Entry, Skipped, read_index, shortened, write_index
 
 _LABELS = ("category_name", "label", "class", "category")
 
@@ -117,7 +117,7 @@ def _convert(source: Path, place: Path, progress: Callable[[float, float | None]
             facts = _facts(batch, done)
             skipped += [Skipped(facts[i].path, reason) for i, reason in bad.items()]
             keep = [i for i in range(batch.num_rows) if i not in bad]
-            stream.write(np.ascontiguousarray(block[keep]))
+            stream.write(np.ascontiguousarray(block[keep]).data)
             entries += [replace(facts[i], ranks=_ranks(layout), scales=(1.0,)) for i in keep]
             done += batch.num_rows
             progress(done, None)
@@ -128,8 +128,7 @@ def _convert(source: Path, place: Path, progress: Callable[[float, float | None]
 
 
 def _ranks(layout: Layout) -> tuple[int, ...]:
-    every = tuple(layout.rank(layer) for layer in layout.layers)
-    return every[:1] if len(set(every)) == 1 else every
+    return shortened(tuple(layout.rank(layer) for layer in layout.layers))
 
 
 def _block(batch: Any, layout: Layout, first: int) -> tuple[NDArray[np.float32], dict[int, str]]:
@@ -150,8 +149,8 @@ def _block(batch: Any, layout: Layout, first: int) -> tuple[NDArray[np.float32],
                 block[index, segment.start : segment.stop] = row
             else:
                 bad.setdefault(index, f"{segment.layer} has {row.size} values instead of {width}")
-    for index in np.flatnonzero(~np.isfinite(block).all(1)):
-        bad.setdefault(int(index), "NaN or infinity")
+    for place in np.flatnonzero(~np.isfinite(block).all(1)).tolist():
+        bad.setdefault(place, "NaN or infinity")
     return block, bad
 
 

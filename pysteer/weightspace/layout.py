@@ -151,11 +151,11 @@ def read_header(path: Path, known: Mapping[bytes, Header] | None = None) -> Head
 def _parse(text: bytes, name: str) -> Header:
     try:
         fields = json.loads(text)
-        tensors = {
-            str(key): (str(it["dtype"]), tuple(map(int, it["shape"])), *map(int, it["data_offsets"]))
-            for key, it in fields.items()
-            if key != "__metadata__"
-        }
+        tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        for key, it in fields.items():
+            if key != "__metadata__":
+                first, last = map(int, it["data_offsets"])
+                tensors[str(key)] = (str(it["dtype"]), tuple(map(int, it["shape"])), first, last)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError("head of the adapter", value=name, allowed="a safetensors head") from error
     for _, shape, first, last in tensors.values():
@@ -163,7 +163,7 @@ def _parse(text: bytes, name: str) -> Header:
             raise InputError("head of the adapter", value=name, allowed="tensors that lie in the file")
     data = 8 + len(text)
     end = max((last for _, _, _, last in tensors.values()), default=0)
-    return Header(text, tensors, data, data + end)  # type: ignore[arg-type]
+    return Header(text, tensors, data, data + end)
 
 
 def plain_parts(header: Header) -> list[tuple[str, str, tuple[int, int]]] | None:
@@ -198,7 +198,7 @@ def read_plain(path: Path, header: Header, row: NDArray[np.float32]) -> None:
     """
     with path.open("rb", buffering=0) as stream:
         stream.seek(header.data)
-        read = stream.readinto(row.view(np.uint8))
+        read = stream.readinto(row.data.cast("B"))
     if read != row.nbytes:
         raise InputError("adapter is truncated", value=f"{path.name} ({read} bytes)", allowed=str(row.nbytes))
 

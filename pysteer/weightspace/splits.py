@@ -52,13 +52,13 @@ def grouped_split(
     for group in order:
         own = Counter(labels[index] for index in members[group])
         need = [sum(wanted[label][part] * count for label, count in own.items()) for part in range(3)]
-        part = max(range(3), key=need.__getitem__)
-        found[part].extend(members[group])
+        place = max(range(3), key=need.__getitem__)
+        found[place].extend(members[group])
         for label, count in own.items():
-            wanted[label][part] -= count
-    for name, index in zip(("training", "validation", "test"), found, strict=True):
-        missing = sorted(set(labels) - {labels[i] for i in index})
+            wanted[label][place] -= count
+    for name, chosen in zip(("training", "validation", "test"), found, strict=True):
+        missing = sorted(set(labels) - {labels[i] for i in chosen})
         if missing:
             raise InputError(f"{name} part of the split lacks classes", value=", ".join(missing[:4]),
                              fix="more adapters of the class, or of images that others do not share")  # fmt: skip
-    return Split(*(np.array(sorted(index), dtype=np.int64) for index in found))
+    return Split(*(np.array(sorted(chosen), dtype=np.int64) for chosen in found))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from pysteer.weightspace.adapter import Adapter, config_alpha, read_adapter
 from pysteer.weightspace.layout import Header, Layout, plain_parts, read_header, read_plain, signature
 
 ROWS, INDEX = "rows.f32", "index.json"
+ROLES = ("down", "up")
 VERSION = 1
 _BLOCK = 256  # adapters between two writings of the index
 Show = Callable[[float, float | None], None]
@@ -65,6 +67,26 @@ class Skipped:
     changed: int = 0
 
 
+class _Shape(NamedTuple):
+    """What a file is, for the choice of a layout: sizes of its layers, their order and ranks."""
+
+    kind: frozenset[tuple[str, tuple[int, int]]]
+    order: tuple[tuple[str, str], ...]
+    ranks: dict[str, int]
+
+
+def _shape(parts: Any, path: Path) -> _Shape:
+    if parts is None:
+        adapter = read_adapter(path)
+        sizes = signature(adapter)
+        ranks = {layer: it.rank for layer, it in adapter.layers.items()}
+        return _Shape(frozenset(sizes.items()), tuple((layer, role) for layer in sizes for role in ROLES), ranks)
+    shapes = {(layer, role): shape for layer, role, shape in parts}
+    sizes = {layer: (shapes[layer, "down"][1], shapes[layer, "up"][0]) for layer, _, _ in parts}
+    ranks = {layer: shapes[layer, "down"][0] for layer in sizes}
+    return _Shape(frozenset(sizes.items()), tuple((layer, role) for layer, role, _ in parts), ranks)
+
+
 class Reader:
     """Reads the files of a folder into a row file.
 
@@ -81,7 +103,10 @@ class Reader:
         self.skipped: list[Skipped] = []
         self._heads: dict[bytes, Header] = {}
         self._plain: dict[bytes, Any] = {}
+        self._read: dict[Path, Header] = {}
+        self._fitting: dict[bytes, bool] = {}
         self._sums: dict[float, list[int]] = {}
+        self._ranks: tuple[int, ...] | None = None
 
     def read(self, paths: Sequence[Path], show: Show = lambda done, total: None) -> None:
         """Bring the row file up to date with `paths`; `show(done, total)` counts files.
@@ -89,10 +114,11 @@ class Reader:
         Raises:
             InputError: no file can be read as an adapter.
         """
-        stats = {path.relative_to(self.folder).as_posix(): path.stat() for path in paths}
+        self._names = {path: path.relative_to(self.folder).as_posix() for path in paths}
+        stats = {name: path.stat() for path, name in self._names.items()}
         self._resume(stats)
         known = {entry.path for entry in self.entries} | {skip.path for skip in self.skipped}
-        new = [path for path in paths if path.relative_to(self.folder).as_posix() not in known]
+        new = [path for path, name in self._names.items() if name not in known]
         if self.layout is None and new:
             self._choose_layout(new)
         done = len(paths) - len(new)
@@ -102,10 +128,11 @@ class Reader:
             with (self.cache / ROWS).open("r+b" if (self.cache / ROWS).is_file() else "w+b") as stream:
                 stream.truncate(4 * self.layout.width * len(self.entries))
                 stream.seek(0, 2)
+                room = np.empty((min(_BLOCK, len(new)), self.layout.width), np.float32)
                 for start in range(0, len(new), _BLOCK):
                     part = new[start : start + _BLOCK]
-                    block = self._block(part, stats)
-                    stream.write(block)
+                    block = self._block(part, stats, room)
+                    stream.write(block.data)
                     stream.flush()
                     self._write_index()
                     show(done + start + len(part), len(paths))
@@ -144,50 +171,43 @@ class Reader:
         kinds: Counter[Any] = Counter()
         ranks: dict[Any, dict[str, int]] = {}
         orders: dict[Any, Counter[Any]] = {}
+        heads: dict[bytes, _Shape] = {}
         for path in paths:
             try:
                 header = self._header(path)
-                parts = self._parts(header)
-                if parts is None:
-                    adapter = self._adapter(path)
-                    sizes = signature(adapter)
-                    own = {layer: it.rank for layer, it in adapter.layers.items()}
-                    order = tuple((layer, role) for layer in sizes for role in ("down", "up"))
-                else:
-                    shapes = {(layer, role): shape for layer, role, shape in parts}
-                    sizes = {layer: (shapes[layer, "down"][1], shapes[layer, "up"][0]) for layer, _, _ in parts}
-                    own = {layer: shapes[layer, "down"][0] for layer in sizes}
-                    order = tuple((layer, role) for layer, role, _ in parts)
+                plain = self._parts(header)
+                shape = heads.get(header.text) or _shape(plain, path)
+                if plain is not None:
+                    heads[header.text] = shape
             except (InputError, OSError):
                 continue  # reported when the file is read
-            kind = frozenset(sizes.items())
-            kinds[kind] += 1
-            orders.setdefault(kind, Counter())[order] += 1
-            most = ranks.setdefault(kind, {})
-            for layer, rank in own.items():
+            kinds[shape.kind] += 1
+            orders.setdefault(shape.kind, Counter())[shape.order] += 1
+            most = ranks.setdefault(shape.kind, {})
+            for layer, rank in shape.ranks.items():
                 most[layer] = max(most.get(layer, 0), rank)
         if not kinds:
             self._skip_all(paths)
             return
         kind = kinds.most_common(1)[0][0]
         sizes, most = dict(kind), ranks[kind]
-        parts = [
+        self.layout = Layout.of([
             (layer, role, (most[layer], sizes[layer][0]) if role == "down" else (sizes[layer][1], most[layer]))
             for layer, role in orders[kind].most_common(1)[0][0]
-        ]
-        self.layout = Layout.of(parts)
+        ])  # fmt: skip
 
     def _skip_all(self, paths: Sequence[Path]) -> None:
         for path in paths:
             try:
                 self._adapter(path)
             except (InputError, OSError) as error:
-                self.skipped.append(Skipped(path.relative_to(self.folder).as_posix(), str(error)))
+                self.skipped.append(Skipped(self._names[path], str(error)))
 
     def _header(self, path: Path) -> Header:
-        header = read_header(path, self._heads)
-        self._heads.setdefault(header.text, header)
-        return header
+        if path not in self._read:
+            header = read_header(path, self._heads)
+            self._read[path] = self._heads.setdefault(header.text, header)
+        return self._read[path]
 
     def _parts(self, header: Header) -> Any:
         if header.text not in self._plain:
@@ -197,13 +217,12 @@ class Reader:
     def _adapter(self, path: Path) -> Adapter:
         return read_adapter(path)
 
-    def _block(self, paths: Sequence[Path], stats: dict[str, Any]) -> NDArray[np.float32]:
-        """The rows of the files that can be read; entries and skipped files are noted on the way."""
+    def _block(self, paths: Sequence[Path], stats: dict[str, Any], block: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The rows of the files that can be read, in `block`; entries and skipped files are noted on the way."""
         assert self.layout is not None
-        block = np.empty((len(paths), self.layout.width), np.float32)
         count = 0
         for path in paths:
-            name = path.relative_to(self.folder).as_posix()
+            name = self._names[path]
             row, stat = block[count], stats[name]
             try:
                 entry = self._one(path, row)
@@ -225,19 +244,30 @@ class Reader:
         assert self.layout is not None
         label, images = read_label(path, self.folder)
         header = self._header(path)
-        parts = self._parts(header)
-        if parts is not None and config_alpha(path) is None and Layout.of(parts) == self.layout:
+        if self._is_row(header) and config_alpha(path) is None:
             read_plain(path, header, row)
-            ranks = {self.layout.rank(layer) for layer in self.layout.layers}
-            every = tuple(ranks) if len(ranks) == 1 else tuple(map(self.layout.rank, self.layout.layers))
-            return Entry("", 0, 0, label, images, every, (1.0,), "diffusers")
+            return Entry("", 0, 0, label, images, self._full, (1.0,), "diffusers")
         adapter = self._adapter(path)
         self._fits(adapter)
         self.layout.fill(row, adapter)
         its = [adapter.layers[layer] for layer in self.layout.layers]
         ranks, scales = tuple(it.rank for it in its), tuple(it.scale for it in its)
-        short = (ranks[:1] if len(set(ranks)) == 1 else ranks), (scales[:1] if len(set(scales)) == 1 else scales)
-        return Entry("", 0, 0, label, images, *short, adapter.format, adapter.notes)
+        return Entry("", 0, 0, label, images, shortened(ranks), shortened(scales), adapter.format, adapter.notes)
+
+    def _is_row(self, header: Header) -> bool:
+        """Whether the data of a file with this head is a row as it is."""
+        if header.text not in self._fitting:
+            parts = self._parts(header)
+            self._fitting[header.text] = parts is not None and Layout.of(parts) == self.layout
+        return self._fitting[header.text]
+
+    @property
+    def _full(self) -> tuple[int, ...]:
+        """The ranks of an adapter that fills its row."""
+        if self._ranks is None:
+            assert self.layout is not None
+            self._ranks = shortened(tuple(map(self.layout.rank, self.layout.layers)))
+        return self._ranks
 
     def _fits(self, adapter: Adapter) -> None:
         assert self.layout is not None
@@ -299,22 +329,26 @@ def read_label(path: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
     Raises:
         InputError: a record that is not one.
     """
-    label, images = "", ()
-    record = path.with_suffix(".json")
-    if not record.is_file():
-        record = path.parent / "metadata.json"
-    if record.is_file():
+    label = ""
+    images: tuple[str, ...] = ()
+    record = next((each for each in (f"{path}"[:-12] + ".json", f"{path.parent}/metadata.json") if isfile(each)), None)
+    if record is not None:
         found = files.read_json(record, "record of the adapter")
         if not isinstance(found, dict):
-            raise InputError("record of the adapter", value=record.name, allowed="an object with label")
+            raise InputError("record of the adapter", value=record, allowed="an object with label")
         label = next((str(found[key]) for key in ("label", "category_name", "class") if found.get(key)), "")
         ids = found.get("image_ids") or ()
         if not isinstance(ids, (list, tuple)) or not all(isinstance(each, (str, int)) for each in ids):
-            raise InputError("image_ids of the record", value=record.name, allowed="a list of texts")
+            raise InputError("image_ids of the record", value=record, allowed="a list of texts")
         images = tuple(map(str, ids))
     if not label and path.parent != folder:
         label = path.parent.relative_to(folder).parts[0]
     return label, images
+
+
+def shortened(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One value where all are equal."""
+    return values[:1] if len(set(values)) == 1 else values
 
 
 def write_index(
@@ -323,8 +357,8 @@ def write_index(
     """Write the index of a row file."""
     import json
 
-    value = {"version": VERSION, **more, "layout": layout.as_list(), "entries": [asdict(e) for e in entries],
-             "skipped": [asdict(s) for s in skipped]}  # fmt: skip
+    value = {"version": VERSION, **more, "layout": layout.as_list(), "entries": [vars(e) for e in entries],
+             "skipped": [vars(s) for s in skipped]}  # fmt: skip
     files.write_text(cache / INDEX, json.dumps(value, ensure_ascii=False))
 
 
@@ -355,7 +389,10 @@ def find_files(folder: Path, cache: Path) -> Iterator[Path]:
     """The safetensors files under a folder, by name; links that lead out of it are left out."""
     root = folder.resolve()
     for path in sorted(folder.rglob("*.safetensors")):
-        if cache in path.parents or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts) or cache in path.parents:
             continue
-        if path.is_file() and path.resolve().is_relative_to(root):
+        # Links are not followed by rglob, so a file that is none lies where its path says.
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            continue
+        if path.is_file():
             yield path

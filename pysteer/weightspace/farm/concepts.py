@@ -146,7 +146,7 @@ def _image_bytes(folder: Path) -> list[bytes]:
         column = pq.read_table(folder / IMAGES, columns=["image"])["image"].to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{IMAGES} cannot be read ({error})", value=str(folder)) from error
-    found = [item.get("bytes") if isinstance(item, dict) else item for item in column]
+    found: list[Any] = [item.get("bytes") if isinstance(item, dict) else item for item in column]
     if not found or not all(isinstance(item, bytes) for item in found):
         raise InputError(f"images of {folder / IMAGES}", value="no bytes", allowed="a column image with encoded bytes")
     return found

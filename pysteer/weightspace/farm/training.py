@@ -151,7 +151,7 @@ class Teacher:
             raise InputError("lessons", value=0, allowed="at least one")
         config, start = self.config, self.initial(lessons)
         scale = torch.tensor([config.scale_of(lesson.rank) for lesson in lessons], device=self.device)
-        draws = [_Draws(self.latents(lesson.images), lesson.seed, config.rows) for lesson in lessons]
+        draws = [Draws(self.latents(lesson.images), lesson.seed, config.rows) for lesson in lessons]
         text = torch.stack([self.text(config.prompt_of(lesson)) for lesson in lessons])
         text = text.repeat_interleave(config.rows, 0)
         losses = torch.empty(config.steps, len(lessons))
@@ -161,7 +161,7 @@ class Teacher:
             for step in range(config.steps):
                 if config.schedule == "linear":
                     optimizer.param_groups[0]["lr"] = config.lr * (1 - step / config.steps)
-                loss = self._losses(draws, text)
+                loss = self.losses(draws, text)
                 loss.sum().backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -171,8 +171,8 @@ class Teacher:
             up = {path: layer.up.detach().cpu() for path, layer in layers.items()}
         return Trained(Factors(down, up), losses)
 
-    def _losses(self, draws: Sequence[_Draws], text: Tensor) -> Tensor:
-        """The mean squared error of every adapter, fp32 [A]."""
+    def losses(self, draws: Sequence[Draws], text: Tensor) -> Tensor:
+        """The mean squared error of every adapter, fp32 [A], on its next pictures; `text` [A I, L, D]."""
         scheduler = self.pipe.scheduler
         total = int(scheduler.config.num_train_timesteps)
         parts = [draw.next(total) for draw in draws]
@@ -187,7 +187,7 @@ class Teacher:
         return (made - wanted).square().reshape(len(draws), -1).mean(1)
 
 
-class _Draws:
+class Draws:
     """The pictures, noise and timesteps of one adapter, from a generator of its own."""
 
     def __init__(self, latents: Tensor, seed: int, rows: int) -> None:
