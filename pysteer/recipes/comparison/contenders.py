@@ -100,7 +100,18 @@ def find_contenders(
 
 def _contender(text: str, pipe: Any, attribute: str, strengths: tuple[float, ...]) -> Contender:
     head, at, where = text.partition("@")
-    name, _, given = head.partition(":")
+    method = method_of(head)
+    own = _OWN_STRENGTHS.get(method.name, _STRENGTHS)
+    return Contender(text, method, find_place(where if at else "visual", pipe, attribute), strengths or own)
+
+
+def method_of(text: str) -> Method:
+    """The method of `NAME[:option=value+option=value]`.
+
+    Raises:
+        InputError: an unknown method or option.
+    """
+    name, _, given = text.partition(":")
     if name not in REGISTRY:
         allowed = ", ".join(["all", *sorted(REGISTRY)])
         raise InputError("method", value=name, allowed=allowed, fix=did_you_mean(name, REGISTRY))
@@ -109,6 +120,4 @@ def _contender(text: str, pipe: Any, attribute: str, strengths: tuple[float, ...
     for part in filter(None, given.split("+")):
         option, _, value = part.partition("=")
         options[option] = convert(Word(value), hints[option], f"{name}:{option}") if option in hints else value
-    method = create(name, **options)
-    own = _OWN_STRENGTHS.get(name, _STRENGTHS)
-    return Contender(text, method, find_place(where if at else "visual", pipe, attribute), strengths or own)
+    return create(name, **options)

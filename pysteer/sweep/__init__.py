@@ -1,0 +1,31 @@
+"""Sweeps: settings as rows of full batches, shared prefixes, launchers, and a store that survives.
+
+plan = plan_sweep("images", ["pair=red->blue", "method=prototype:clusters=64", "strength=0,0.5,1", "prompts=8"])
+run_sweep(plan, "results/blue")
+for row in results("results/blue").rows:
+    print(row.setting, row.target, row.damage)
+"""
+
+from pysteer.sweep.driver import Launch, Outcome, run_sweep
+from pysteer.sweep.plan import Options, SweepPlan, plan_sweep
+from pysteer.sweep.query import Results, query, results
+from pysteer.sweep.status import Status, status
+from pysteer.sweep.tasks.base import Engine, Outputs, Task, find_task
+
+__all__ = [
+    "Engine",
+    "Launch",
+    "Options",
+    "Outcome",
+    "Outputs",
+    "Results",
+    "Status",
+    "SweepPlan",
+    "Task",
+    "find_task",
+    "plan_sweep",
+    "query",
+    "results",
+    "run_sweep",
+    "status",
+]
