@@ -1,0 +1,1 @@
+"""The inspector: pages over a folder of results, and a generator to steer by hand. `pysteer inspect` serves it."""
