@@ -1,0 +1,53 @@
+"""The real package repeng on the case of `bench.works.language`: run by the Python of its own environment."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from repeng.control import ControlModel, ControlModule
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from bench.serving import Prepared, serve
+from bench.works.decoding import Decoder, find, levels, one_by_one
+
+# Newer transformers ask a layer for its kind of attention; the package's wrapper does not pass the question on.
+_PASSED_ON = ("attention_type", "layer_type")
+
+
+def main() -> None:
+    """Serve the works on a mean shift at every block."""
+    folder = Path(sys.argv[1])
+    case = load_file(folder / "case.safetensors")
+    vectors = {int(name.split(".")[1]): bias for name, bias in case.items() if name.startswith("blocks.")}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", torch_dtype=torch.float32).eval()
+    control: Any = ControlModel(model, list(vectors))
+    for layer in model.model.layers:
+        for name in _PASSED_ON:
+            if isinstance(layer, ControlModule) and hasattr(layer.block, name):
+                setattr(layer, name, getattr(layer.block, name))
+
+    def set_strength(value: float) -> None:
+        control.set_raw_control({layer: value * vector for layer, vector in vectors.items()})
+
+    def prepare(name: str) -> Prepared:
+        work = find(name)
+        set_strength(1.0)
+        decoder = Decoder(control, work)
+        facts = {"version": version("repeng")}
+        swept = levels(work.strengths)
+        if swept:
+            sweep = lambda: one_by_one(decoder, set_strength, swept)  # noqa: E731
+            return Prepared(sweep, sweep, len(swept) * work.new, facts=facts)
+        units = work.batch * (work.new or work.prompt)
+        return Prepared(decoder.run, decoder.run, units, setup=decoder.setup, facts=facts)
+
+    serve(prepare)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""SteerBench: what steering achieves, method by method, on bundled generators and a language model.
+
+    python -m bench.effect                 everything, added to bench/results/effect.json
+    pysteer bench effect --quick
+    pysteer bench effect --generator infinity-shapes --concept shape --method prototype:clusters=64@text
+
+Every method is fitted on the same examples and gets the same number of strengths, searched on prompts of their own by
+one rule; what is reported are fresh prompts. A cell that was measured is not measured again when the same command is
+given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.record import RESULTS, append, machine, stored
+from bench.steerbench.board import board_of, conclusions, figure, table
+from bench.steerbench.cells import QUICK, QUICK_SUITE, SUITE, Cell, Sizes, cells_of
+from pysteer.files import read_json, write_json
+
+FOLDER = Path("results/steerbench")
+FIGURE = RESULTS.parent.parent / "docs/steerbench.svg"
+
+
+def bench_for(generator: str, sizes: Sizes) -> Any:
+    """What measures the cells of a generator."""
+    from bench.steerbench.images import ImageBench
+    from bench.steerbench.texts import TextBench
+    from pysteer.models.language import LanguageModel
+    from pysteer.models.load import load_model
+
+    named_language = generator == "smollm2" or isinstance(load_model(generator), LanguageModel)
+    return (TextBench if named_language else ImageBench)(generator, sizes)
+
+
+def measure_all(cells: list[Cell], sizes: Sizes, folder: Path, limit: float = 0.0) -> list[dict[str, Any]]:
+    """Cells with what was measured; those that are in `folder` already are read.
+
+    Args:
+        cells: what to measure, generator by generator.
+        sizes: how much.
+        folder: a file per cell.
+        limit: seconds after which no further cell is begun; 0 for none.
+    """
+    results, bench, current = [], None, ""
+    start = time.monotonic()
+    for number, cell in enumerate(cells):
+        kept = folder / f"{cell.key}.json"
+        if not kept.is_file():
+            if limit and time.monotonic() - start > limit:
+                print(f"{len(cells) - number} cells left for the next start", file=sys.stderr)
+                break
+            if bench is None or cell.generator != current:
+                bench, current = bench_for(cell.generator, sizes), cell.generator
+            before = time.monotonic()
+            random.seed(cell.seed)
+            measured = bench.measure(cell)
+            measured["seconds"] = round(time.monotonic() - before, 2)
+            write_json(kept, measured)
+            done = f"{number + 1}/{len(cells)}"
+            reached = measured.get("target", [])
+            share = f"{sum(reached)}/{len(reached)}" if reached else measured.get("left_out", "")
+            print(f"{done} {cell.key}: {share} in {measured['seconds']} s", file=sys.stderr, flush=True)
+        results.append({**dataclasses.asdict(cell), "measured": read_json(kept, "measured cell")})
+    return results
+
+
+def run_effect(
+    suite: dict[str, Any], sizes: Sizes, folder: Path, *, quick: bool, store: bool = True, limit: float = 0.0
+) -> dict[str, Any]:
+    """Measure a suite and keep its leaderboard."""
+    folder = folder / ("quick" if quick else "full")
+    torch.set_grad_enabled(False)
+    cells = cells_of(suite, sizes)
+    results = measure_all(cells, sizes, folder, limit)
+    rows = board_of(results)
+    result = {
+        "quick": quick, "sizes": dataclasses.asdict(sizes), "cells": len(results), "planned": len(cells),
+        "seconds": round(sum(one["measured"]["seconds"] for one in results), 1), "rows": rows,
+        "conclusions": conclusions(rows, sizes.pairs), **machine(),
+    }  # fmt: skip
+    if store:
+        append("effect", json.loads(json.dumps(result)))
+    return result
+
+
+def report(result: dict[str, Any]) -> str:
+    """The leaderboard with what may be concluded from it."""
+    from bench.speed_table import where_of
+
+    sizes = result["sizes"]
+    told = (
+        f"{result['cells']} of {result['planned']} cells, {sizes['seeds']} seeds, {sizes['prompts']} fresh prompts "
+        f"each, {sizes['search']} for the search of the strength; intervals by bootstrap over seeds and prompts."
+    )
+    listed = [f"- {text}" for text in result["conclusions"]]
+    return "\n".join([table(result["rows"]), "", told, "", *listed, "", where_of(result) + "."])
+
+
+def newest(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest full result, or the newest quick one."""
+    full = [one for one in results if not one.get("quick")]
+    return (full or results)[-1]
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure, store, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few seeds and prompts: shows that it works")
+    parser.add_argument("--generator", action="append", help="only this one; a folder or name may be new")
+    parser.add_argument("--concept", action="append", help="only this one")
+    parser.add_argument(
+        "--method", action="append", help="NAME:option=value@PLACE in place of the methods of the suite"
+    )
+    parser.add_argument("--limit", type=float, default=0.0, help="seconds after which no further cell is begun")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for resuming")
+    parser.add_argument("--dry-run", action="store_true", help="do not store the result")
+    asked = parser.parse_args(words)
+    suite = dict(QUICK_SUITE if asked.quick else SUITE)
+    for name in asked.generator or ():
+        suite.setdefault(name, (("shape", "colour"), SUITE["infinity-shapes"][1]))
+    chosen = {
+        name: (tuple(asked.concept or concepts), tuple(asked.method or methods))
+        for name, (concepts, methods) in suite.items()
+        if not asked.generator or name in asked.generator
+    }
+    result = run_effect(
+        chosen, QUICK if asked.quick else Sizes(), asked.folder.resolve(), quick=asked.quick, limit=asked.limit,
+        store=not asked.dry_run,
+    )  # fmt: skip
+    print(report(result))
+    if not asked.dry_run:
+        print(figure(newest(stored("effect"))["rows"], newest(stored("effect"))["sizes"]["pairs"], FIGURE))
+
+
+if __name__ == "__main__":
+    main()

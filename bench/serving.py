@@ -1,0 +1,151 @@
+"""The side of a contender: prepares a piece of work when told, does it once per round, and says how long it took.
+
+A contender is a process of its own, so that neither its imports, nor its compiled graphs, nor its allocator touch those
+of another. It reads one command a line and answers one line of JSON:
+
+    prepare WORK FILE     make everything ready, write what comes out into FILE (safetensors, `output`)
+    round                 do the work once: seconds
+    profile FOLDER        do it once under the profiler, with a trace and a list of calls in FOLDER
+    end                   peak memory, recompilations
+
+This file needs nothing but torch and safetensors: packages that we compare with run it in environments of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass
+class Prepared:
+    """A piece of work, ready to be timed.
+
+    Attributes:
+        run: does it once; what it returns is not looked at.
+        output: what the contender makes of it, to be compared with what it should be.
+        setup: is called before every `run` and not timed.
+        units: tokens or images that one `run` makes.
+        facts: what else is to be stored.
+    """
+
+    run: Callable[[], Any]
+    output: Callable[[], Tensor]
+    units: float
+    setup: Callable[[], Any] = lambda: None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _counters() -> tuple[int, int]:
+    """Graphs that were compiled and graph breaks, of this process so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Seconds of one call: on a CPU those of this process alone, so that other programs count little."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def _leaves(events: Any) -> int:
+    """Calls that call no other: what a GPU would launch."""
+    return sum(not event.cpu_children for event in events if event.name not in ("[memory]",))
+
+
+def _profile(work: Prepared, folder: Path) -> dict[str, Any]:
+    """A trace of one call for chrome://tracing or Perfetto, and a list of what is called how often and how long."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    work.setup()
+    with profile(activities=activities) as seen:
+        work.run()
+    folder.mkdir(parents=True, exist_ok=True)
+    seen.export_chrome_trace(str(folder / "trace.json"))
+    rows = sorted(seen.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    listed = [
+        {"call": row.key, "times": row.count, "own_us": round(row.self_cpu_time_total, 1)} for row in rows
+    ]  # fmt: skip
+    (folder / "calls.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
+    return {"calls": _leaves(seen.events()), "top": listed[:12]}
+
+
+class Server:
+    """Answers the commands of a contest.
+
+    Args:
+        prepare: makes a piece of work by name; may raise what it likes, the reason is passed on.
+        say: writes one answer.
+    """
+
+    def __init__(self, prepare: Callable[[str], Prepared], say: Callable[[dict[str, Any]], None]) -> None:
+        self.prepare, self.say = prepare, say
+        self.work: Prepared | None = None
+        self.graphs = self.breaks = 0
+
+    def answer(self, line: str) -> dict[str, Any]:
+        """What one command comes to."""
+        word, *rest = line.split(" ")
+        if word == "prepare":
+            self.work = None
+            before = _counters()
+            self.work = self.prepare(rest[0])
+            self.work.setup()
+            save_file({"output": self.work.output().detach().float().contiguous().cpu()}, rest[1])
+            self.work.setup()
+            self.work.run()
+            now = _counters()
+            self.graphs, self.breaks = now[0], now[1] - before[1]
+            return {"units": self.work.units, "graph_breaks": self.breaks, **self.work.facts}
+        assert self.work is not None, "nothing is prepared"
+        if word == "round":
+            self.work.setup()
+            return {"seconds": seconds_of(self.work.run)}
+        if word == "profile":
+            return _profile(self.work, Path(rest[0]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return {"peak_bytes": peak, "recompiles": _counters()[0] - self.graphs}
+
+    def serve(self, lines: Any) -> None:
+        """Answer until the lines end."""
+        for line in lines:
+            try:
+                with torch.no_grad():
+                    self.say(self.answer(line.strip()))
+            except Exception as error:
+                traceback.print_exc()
+                self.say({"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+
+
+def serve(prepare: Callable[[str], Prepared]) -> None:
+    """Serve on stdin and stdout. What libraries print goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    def say(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    Server(prepare, say).serve(sys.stdin)

@@ -1,0 +1,264 @@
+"""What steering costs: pysteer against the plain model, hooks, torch.compile, and the ways and packages of others.
+
+    python -m bench.speed                          all parts, added to bench/results/speed.json
+    python -m bench.speed --part language --quick
+    pysteer bench speed --profile traces           the same command, with a trace per contender
+
+Every contender is a process of its own; all take turns, round after round in alternating order, on one thread each, and
+ratios are taken within a round. Of what the process computes the CPU time is taken, so that other programs count
+little. A contender whose output is not that of the plain formulas gets no time. A part that was finished is not
+measured again when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.contest import ROOT, Entry, contest
+from bench.record import append, machine
+from pysteer.files import read_json, write_json
+
+LANGUAGE, INFINITY, UNET = "bench.works.language", "bench.works.infinity", "bench.works.unet"
+AUTOENCODER = "bench.works.autoencoder"
+BASE, BASE_EAGER = "unsteered, compiled", "unsteered, eager"
+FOLDER = Path("results/bench-speed")
+# What the design asks for and only a GPU can show. It is listed so that nobody takes silence for a figure.
+ON_A_GPU = (
+    "Llama-8B shape: read, and decode at batch 1, 8, 64",
+    "Infinity-2B shape, all layers and scales",
+    "SDXL and FLUX shapes, every block",
+    "64 strengths against the sequential reference",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Contenders with their pieces of work.
+
+    Attributes:
+        works: names; quick: those of a quick run.
+        entries: contenders; the plain model and the plain formulas first, both eager.
+        base: whom ratios are taken to.
+        layers: layers of the language model in a quick run.
+        case: module that writes what all contenders read, packages of others too.
+    """
+
+    works: tuple[str, ...]
+    quick: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    base: str = BASE
+    layers: int | None = None
+    case: str = ""
+
+
+def _entries(module: str, prefix: str, others: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The contenders that every part has, and those of this one."""
+    return (
+        Entry(BASE_EAGER, module, f"{prefix}unsteered eager", steers=False),
+        Entry("plain hooks, eager", module, f"{prefix}hooks eager"),
+        Entry(BASE, module, f"{prefix}unsteered compiled", steers=False),
+        Entry(f"{BASE}, again", module, f"{prefix}unsteered compiled", steers=False),
+        Entry("pysteer, compiled", module, f"{prefix}pysteer compiled", ours=True),
+        Entry("pysteer, eager", module, f"{prefix}pysteer eager", ours=True),
+        *others,
+    )
+
+
+def _both(name: str, module: str, kind: str) -> tuple[Entry, ...]:
+    return (
+        Entry(f"{name}, eager", module, f"{kind} eager"),
+        Entry(f"{name}, compiled", module, f"{kind} compiled"),
+    )
+
+
+def _eager(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    return tuple(entry for entry in entries if "compiled" not in entry.name)
+
+
+_DECODING = ("read-128-tokens", "decode,-batch-1", "decode,-batch-8", "decode,-batch-64")
+_PACKAGES = (
+    Entry("package repeng", "package_repeng", package="repeng"),
+    Entry("package steering-vectors", "package_steering_vectors", package="steering-vectors"),
+)
+_SHIFT = _entries(
+    LANGUAGE,
+    "blocks/",
+    (
+        Entry("plain hooks, compiled", LANGUAGE, "blocks/hooks compiled"),
+        Entry("our reference, compiled", LANGUAGE, "blocks/reference compiled"),
+        *_both("repeng's way", LANGUAGE, "blocks/repeng"),
+        *_PACKAGES,
+    ),
+)
+PARTS = {
+    "language": Part(_DECODING, ("read-128-tokens", "decode,-batch-8"), _SHIFT, layers=6, case=LANGUAGE),
+    "language-maps": Part(
+        ("read-128-tokens", "decode,-batch-8"),
+        ("decode,-batch-8",),
+        _entries(
+            LANGUAGE,
+            "norms/",
+            (
+                Entry("our reference, compiled", LANGUAGE, "norms/reference compiled"),
+                *_both("ml-act's way, linear", LANGUAGE, "norms/linear-act"),
+                *_both("ml-act's way, Gaussian", LANGUAGE, "norms/gaussian-act"),
+            ),
+        ),
+        layers=6,
+        case=LANGUAGE,
+    ),
+    "sweep": Part(
+        ("sweep-of-11-strengths", "sweep-of-64-strengths"),
+        ("sweep-of-11-strengths",),
+        _eager(_SHIFT),
+        base="plain hooks, eager",
+        layers=6,
+        case=LANGUAGE,
+    ),
+    "autoencoder": Part(
+        ("reconstruct,-128-tokens", "reconstruct,-512-tokens"),
+        ("reconstruct,-128-tokens",),
+        (
+            Entry("the activation itself", AUTOENCODER, "unsteered eager", steers=False),
+            Entry("plain formulas, eager", AUTOENCODER, "plain eager"),
+            Entry("plain formulas, compiled", AUTOENCODER, "plain compiled"),
+            Entry("pysteer, eager", AUTOENCODER, "pysteer eager", ours=True),
+            Entry("package sae-lens", "package_sae_lens", package="sae-lens"),
+            Entry("package eai-sparsify", "package_sparsify", package="eai-sparsify"),
+        ),
+        base="plain formulas, eager",
+        case=AUTOENCODER,
+    ),
+    "infinity": Part(
+        ("images,-batch-1", "images,-batch-16"),
+        ("images,-batch-4",),
+        _entries(
+            INFINITY,
+            "",
+            (
+                Entry("our reference, compiled", INFINITY, "reference compiled"),
+                *_both("the Infinity wrapper's way", INFINITY, "wrapper"),
+            ),
+        ),
+    ),
+    "unet": Part(
+        ("unet,-all-sites,-batch-4",),
+        ("unet,-all-sites,-batch-2",),
+        _entries(UNET, "", (Entry("plain hooks, compiled", UNET, "hooks compiled"),)),
+    ),
+    "unlearning": Part(
+        ("unet,-autoencoder,-batch-4",),
+        ("unet,-autoencoder,-batch-2",),
+        _entries(UNET, "", (Entry("SAeUron's way, compiled", UNET, "hooks compiled"),)),
+    ),
+}
+Say = Callable[[str], None]
+
+
+def _shout(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure_part(
+    name: str, folder: Path, *, quick: bool, rounds: int, profile: Path | None = None, say: Say = _shout
+) -> dict[str, Any]:
+    """All works of a part; those whose rows are in `folder` already are not measured again."""
+    part, rows = PARTS[name], []
+    seconds = 0.0
+    for work in part.quick if quick else part.works:
+        kept = folder / name / f"{work}.json"
+        if kept.is_file():
+            say(f"{work}: measured before")
+        else:
+            start = time.monotonic()
+            base = folder / "case" if part.case else folder / name
+            if part.case:
+                importlib.import_module(part.case).write_case(base, part.layers if quick else None)
+            made = contest(
+                part.entries, work, base, rounds=rounds, base=part.base, say=say,
+                profile=None if profile is None else profile / name,
+            )  # fmt: skip
+            write_json(kept, {"rows": made, "seconds": time.monotonic() - start})
+        found = read_json(kept, "measured work")
+        rows += [{"part": name, **row, "work": row["work"].replace("-", " ")} for row in found["rows"]]
+        seconds += found["seconds"]
+    return {"rows": rows, "seconds": seconds}
+
+
+def run_speed(
+    parts: list[str], folder: Path, *, quick: bool, rounds: int, profile: Path | None = None, store: bool = True
+) -> dict[str, Any]:
+    """Measure parts, add the result to the stored ones and forget what was kept for a resumption."""
+    folder = folder / ("quick" if quick else "full")
+    rows: list[dict[str, Any]] = []
+    seconds = {}
+    for name in parts:
+        found = measure_part(name, folder, quick=quick, rounds=rounds, profile=profile)
+        rows += found["rows"]
+        seconds[name] = round(found["seconds"], 1)
+    threads = {"threads_per_contender": 1, "load": os.getloadavg()[0]}
+    gpu = [{"work": work, "contender": "pysteer", "not_measured": "no GPU"} for work in ON_A_GPU]
+    result = {
+        "quick": quick, "rounds": rounds, "parts": parts, "part_seconds": seconds, "rows": rows, "gpu": gpu,
+        **threads, **machine(),
+    }  # fmt: skip
+    if store:
+        append("speed", result)
+        for name in parts:
+            for kept in (folder / name).glob("*.json"):
+                kept.unlink()
+    return result
+
+
+def run_ops(quick: bool) -> None:
+    """The ops, by `bench.run`."""
+    command = [sys.executable, "-m", "bench.run", "--threads", "1", "--rounds", "5" if quick else "15"]
+    command += ["--limit", "30" if quick else "240"]
+    subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=(*PARTS, "ops", "rows"), help="may be given several times")
+    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how fast it is")
+    parser.add_argument("--rounds", type=int, help="by default 9, quick 3")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for logs and for resuming")
+    parser.add_argument("--profile", type=Path, help="folder for a trace and a list of calls per contender")
+    parser.add_argument("--dry-run", action="store_true", help="do not store the result")
+    return parser
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure, store, print."""
+    from bench.speed_table import speed_table
+
+    asked = arguments().parse_args(words)
+    rounds = asked.rounds or (3 if asked.quick else 9)
+    chosen = asked.part or [*PARTS, "ops", "rows"]
+    if "ops" in chosen and not asked.dry_run:
+        run_ops(asked.quick)
+    if "rows" in chosen:
+        from bench.rows import run_rows
+
+        run_rows(quick=asked.quick, rounds=rounds, store=not asked.dry_run)
+    parts = [name for name in chosen if name in PARTS]
+    if parts:
+        result = run_speed(
+            parts, asked.folder.resolve(), quick=asked.quick, rounds=rounds, store=not asked.dry_run,
+            profile=None if asked.profile is None else asked.profile.resolve(),
+        )  # fmt: skip
+        print(speed_table([result]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Tables of stored speed results, and where pysteer is not the fastest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.record import stored
+
+Row = dict[str, Any]
+
+
+def where_of(result: dict[str, Any]) -> str:
+    """Machine, versions, commit, date, in words."""
+    machine = result["machine"]
+    name = machine["gpu"] or machine["processor"]
+    how = "quick run: small sizes and few rounds on a busy machine, " if result.get("quick") else ""
+    return f"{how}{name}, torch {result['versions']['torch']}, {result['date'][:10]}, commit {result['commit']}"
+
+
+def newest_parts(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The newest result of every part; a full one comes before a quick one."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in sorted(results, key=lambda one: not one.get("quick", False)):
+        for part in result["parts"]:
+            found[part] = result
+    return found
+
+
+def ratio_of(row: Row) -> str:
+    """`1.02 [1.00, 1.05]`."""
+    low, high = row["ratio_quartiles"]
+    return f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def line(row: Row) -> str:
+    """One line of the table; who was refused has no time."""
+    name = f"**{row['contender']}**" if row.get("ours") else row["contender"]
+    if row.get("not_measured"):
+        return f"| {row['work']} | {name} | not measured ({row['not_measured']}) | | | | |"
+    if row.get("refused") or "ratio" not in row:
+        return f"| {row['work']} | {name} | no time: {row.get('refused') or 'never ran'} | | | | |"
+    peak = f"{row['peak_bytes'] / (1 << 20):.0f}" if row.get("peak_bytes") else "-"
+    counts = [row.get(key) for key in ("graph_breaks", "recompiles")] if "eager" not in name else ["-", "-"]
+    calls = row.get("calls")
+    return (
+        f"| {row['work']} | {name} | {ratio_of(row)} | {row['per_second']:.3g} | "
+        f"{counts[0]} / {counts[1]} | {'-' if calls is None else calls} | {peak} |"
+    )
+
+
+def not_fastest(rows: list[Row]) -> list[str]:
+    """For every work where something that steers was faster than pysteer beyond the quartiles: which, by how much."""
+    found = []
+    for work in dict.fromkeys(row["work"] for row in rows):
+        timed = [row for row in rows if row["work"] == work and "ratio" in row]
+        ours = min((row for row in timed if row.get("ours")), key=lambda row: row["ratio"], default=None)
+        if ours is None:
+            found.append(f"{work}: pysteer has no time")
+            continue
+        for row in timed:
+            rival = not row.get("ours") and not row["contender"].startswith("unsteered")
+            if rival and row["ratio"] < ours["ratio"]:
+                sure = row["ratio_quartiles"][1] < ours["ratio_quartiles"][0]
+                how = "" if sure else ", within the spread"
+                found.append(f"{work}: {row['contender']} {row['ratio']:.3f} against {ours['ratio']:.3f}{how}")
+    return found
+
+
+def speed_table(results: list[dict[str, Any]]) -> str:
+    """The Markdown tables of the newest result of every part."""
+    blocks = []
+    for part, result in newest_parts(results).items():
+        rows = [row for row in result["rows"] if row["part"] == part]
+        head = "| work | contender | time / base | tokens or images per s | breaks / recompiles | calls | peak, MiB |"
+        lines = [f"### {part}", "", head, "|---" * 7 + "|", *(line(row) for row in rows)]
+        slower = not_fastest(rows)
+        lines += ["", "Pysteer is not the fastest here: " + "; ".join(slower) + "." if slower else
+                  "Nothing that steers was faster than pysteer here."]  # fmt: skip
+        blocks.append("\n".join([*lines, "", where_of(result) + "."]))
+    gpu = [line(row) for result in results[-1:] for row in result.get("gpu", [])]
+    if gpu:
+        head = "| work | contender | | | | | |"
+        blocks.append("\n".join(["### On a GPU", "", head, "|---" * 7 + "|", *gpu]))
+    return "\n\n".join(blocks)
+
+
+def main() -> None:
+    """Print the tables."""
+    results = stored("speed")
+    print(speed_table(results) if results else "nothing is stored yet: run pysteer bench speed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""SteerBench with a language model: texts that come to a concept, counted by its words, and how readable they stay."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from bench.steerbench.cells import Cell, Sizes
+from bench.steerbench.images import rising
+from pysteer.capture import fit
+from pysteer.data.tasks import Task, TaskSettings, load_task
+from pysteer.errors import InputError
+from pysteer.metrics.concepts import mentions
+from pysteer.metrics.perplexity import Likelihood, continuation_likelihood
+from pysteer.models.load import load_model
+from pysteer.recipes.comparison.contenders import find_contenders
+from pysteer.recipes.transport.decoder import Request, RowDecoder, in_order
+from pysteer.recipes.transport.sampling import Sampling
+from pysteer.steering import Plan
+
+READABLE = 1.6  # perplexity, under the unsteered model, of a strength's texts over that of unsteered ones
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
+NEW_TOKENS = 32
+
+
+def distinct(texts: list[str]) -> float:
+    """Share of pairs of neighbouring words that occur once: how little the texts repeat each other."""
+    pairs = [pair for text in texts for words in [text.lower().split()] for pair in itertools.pairwise(words)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+class TextBench:
+    """Measures cells with one language model; the first token is neither fitted nor steered.
+
+    Args:
+        generator: smollm2, a folder, or a name of the hub.
+        sizes: how much is measured.
+    """
+
+    def __init__(self, generator: str, sizes: Sizes) -> None:
+        self.lm, self.sizes = load_model(generator), sizes
+        sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.0)
+        self.decoder = RowDecoder(self.lm, rows=48, max_new_tokens=NEW_TOKENS, sampling=sampling, skip=1)
+        self.known: dict[tuple[str, int, bool], tuple[list[str], Likelihood]] = {}
+
+    def _write(self, prompts: list[str], levels: tuple[float, ...], plan: Plan | None, count: int, seed: int) -> Any:
+        """Texts and their likelihood under the unsteered model, level by level."""
+        ids = [tuple(one) for one in self.lm.token_ids(prompts)]
+        asked = [
+            Request(ids[i % len(ids)], level, 10_000 * seed + i) for level in levels for i in range(count)
+        ]  # fmt: skip
+        made = in_order(self.decoder, asked, plan, done=lambda n: None)
+        tokens = [list(one.tokens) for one in made]
+        likelihood = continuation_likelihood(self.lm, [request.prompt for request in asked], tokens)
+        return self.lm.tokenizer.batch_decode(tokens, skip_special_tokens=True), likelihood
+
+    def _base(self, cell: Cell, task: Task, search: bool) -> tuple[list[str], Likelihood]:
+        key = (cell.concept, cell.seed, search)
+        if key not in self.known:
+            prompts, count = self._asked(task, search)
+            self.known[key] = self._write(prompts, (0.0,), None, count, cell.seed)
+        return self.known[key]
+
+    def _asked(self, task: Task, search: bool) -> tuple[list[str], int]:
+        return (task.search_prompts, self.sizes.search) if search else (task.prompts, self.sizes.prompts)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Everything about a cell; lists have an entry per text."""
+        every = load_task(TaskSettings(name=cell.concept), cell.seed)
+        count = min(cell.pairs, len(every.source), len(every.target))
+        task = load_task(TaskSettings(name=cell.concept, samples=count), cell.seed)
+        contender = find_contenders([cell.method], self.lm, "", STRENGTHS)[0]
+        try:
+            fitted = fit(
+                self.lm, contender.method, task.source, task.target, sites=contender.place.sites, paired=False,
+                positions=slice(1, None), fit_seed=cell.seed, batch_size=32,
+                control="shuffled" if cell.control == "shuffled" else None,
+            )  # fmt: skip
+            plan = (fitted.random_direction(cell.seed) if cell.control == "random" else fitted).plan()
+        except InputError as error:  # some methods have no such control
+            return {"left_out": str(error)}
+        doses = self._doses(cell, task, plan)
+        readable = [dose for dose in doses if dose["perplexity"] <= READABLE]
+        chosen = (
+            max(readable, key=lambda dose: dose["target"]) if readable else min(doses, key=lambda d: d["perplexity"])
+        )
+        prompts, number = self._asked(task, False)
+        texts, likelihood = self._write(prompts, (chosen["strength"],), plan, number, cell.seed)
+        before, base = self._base(cell, task, False)
+        return {
+            "strength": chosen["strength"],
+            "place": contender.place.label,
+            "pairs_used": count,
+            "doses": doses,
+            "monotone": rising([dose["target"] for dose in doses]),
+            "target": mentions(texts, task.words),
+            "target_unsteered": mentions(before, task.words),
+            "perplexity": likelihood.perplexity / base.perplexity,
+            "diversity": distinct(texts) / distinct(before),
+        }
+
+    def _doses(self, cell: Cell, task: Task, plan: Plan) -> list[dict[str, float]]:
+        prompts, count = self._asked(task, True)
+        texts, likelihood = self._write(prompts, STRENGTHS, plan, count, cell.seed)
+        _, base = self._base(cell, task, True)
+        found = []
+        for i, strength in enumerate(STRENGTHS):
+            part = slice(i * count, (i + 1) * count)
+            own = Likelihood(likelihood.nats[part], likelihood.tokens[part])
+            reached = mentions(texts[part], task.words)
+            found.append({
+                "strength": strength, "target": sum(reached) / count, "perplexity": own.perplexity / base.perplexity,
+            })  # fmt: skip
+        return found

@@ -1,0 +1,112 @@
+"""Work for a language model: reading a prompt, generating token by token, and sweeping strengths.
+
+Nothing here needs pysteer, so that packages in environments of their own do the very same. Tokens are given, not drawn:
+rounding could otherwise lead two contenders to different texts, and their outputs could not be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Strength = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work.
+
+    Attributes:
+        batch: rows.
+        prompt: tokens that are read before; with `new` 0 reading them is what is timed.
+        new: tokens that each row gets, one after another.
+        strengths: how many strengths are swept, one after another or as rows of one batch; 0 for one strength.
+    """
+
+    batch: int = 1
+    prompt: int = 8
+    new: int = 0
+    strengths: int = 0
+
+
+WORKS = {
+    "read 128 tokens": Work(prompt=128),
+    "decode, batch 1": Work(1, new=16),
+    "decode, batch 8": Work(8, new=12),
+    "decode, batch 64": Work(64, new=4),
+    "sweep of 11 strengths": Work(new=12, strengths=11),
+    "sweep of 64 strengths": Work(new=4, strengths=64),
+}
+
+
+def find(name: str) -> Work:
+    """A work by name, with dashes for blanks."""
+    return {key.replace(" ", "-"): value for key, value in WORKS.items()}[name]
+
+
+def token_ids(work: Work) -> Tensor:
+    """The tokens of all rows, prompt first: int64 `[batch, prompt + new]`."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1000, 2000, (work.batch, work.prompt + work.new), generator=generator)
+
+
+def levels(count: int) -> list[float]:
+    """Strengths from 1/count to 1."""
+    return [(i + 1) / count for i in range(count)]
+
+
+class Decoder:
+    """Reads and generates with a model, or with a compiled call of it that decodes into a static cache.
+
+    Args:
+        model: of transformers, or what wraps one.
+        work: what is done.
+        call: the compiled model; None for eager calls with the usual growing cache.
+        rows: copies of every row, one per strength of a sweep in one batch.
+    """
+
+    def __init__(self, model: Any, work: Work, call: Callable[..., Any] | None = None, rows: int = 1) -> None:
+        self.model, self.work, self.call = model, work, call
+        self.ids = token_ids(work).repeat(rows, 1)
+        self.cache: Any = None
+
+    def _cache(self) -> Any:
+        from transformers import DynamicCache, StaticCache
+
+        if self.call is None:
+            return DynamicCache()
+        return StaticCache(config=self.model.config, max_cache_len=self.work.prompt + self.work.new + 1)
+
+    def _placed(self, start: int, end: int) -> dict[str, Tensor]:
+        places = torch.arange(start, end).expand(len(self.ids), -1)
+        return {"input_ids": self.ids[:, start:end], "position_ids": places.contiguous()}
+
+    def setup(self) -> None:
+        """Read the prompt of a generation, untimed."""
+        if self.work.new:
+            self.cache = self._cache()
+            self.model(**self._placed(0, self.work.prompt), past_key_values=self.cache, use_cache=True)
+
+    def run(self) -> Tensor:
+        """Logits `[rows, V]` of the last tokens."""
+        call = self.call or self.model
+        prompt = self.work.prompt
+        if not self.work.new:
+            return call(**self._placed(0, prompt), use_cache=False).logits[:, -1]
+        for place in range(prompt, prompt + self.work.new):
+            out = call(**self._placed(place, place + 1), past_key_values=self.cache, use_cache=True)
+        return out.logits[:, -1]
+
+
+def one_by_one(decoder: Decoder, set_strength: Strength, strengths: Sequence[float]) -> Tensor:
+    """A sweep as it is usually done: a whole generation per strength. Logits `[strengths, V]`."""
+    made = []
+    for strength in strengths:
+        set_strength(strength)
+        decoder.setup()
+        made.append(decoder.run())
+    return torch.cat(made)
