@@ -58,12 +58,12 @@ class WeightspaceConfig:
     dense: bool = False
     components: int = 100
     models: tuple[str, ...] = ("ridge", "mlp")
-    best_models: tuple[str, ...] = ("linear", "boosting", "mlp3")
+    best_models: tuple[str, ...] = ("linear", "boosting")
     runs: int = 10
     ablation: int = 5
     generator: str = ""
     directions: tuple[str, ...] = ()
-    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
+    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
     edit_rank: int = 4
     edit_adapters: int = 8
     edit_images: int = 8

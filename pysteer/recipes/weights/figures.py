@@ -31,11 +31,11 @@ def positions(adapters: LoraSet, method: str, seed: int) -> np.ndarray[Any, Any]
         return points[:, :2]
     points = points[:, :30]
     if method == "tsne":
-        from sklearn.manifold import TSNE
+        from sklearn.manifold import TSNE  # type: ignore[import-untyped]
 
         return TSNE(random_state=seed, perplexity=min(30.0, (len(points) - 1) / 3)).fit_transform(points)
     try:
-        from umap import UMAP
+        from umap import UMAP  # type: ignore[import-not-found]
     except ImportError as error:
         raise InputError("map", value="umap", allowed="pca, tsne", fix="pip install umap-learn") from error
     return UMAP(random_state=seed).fit_transform(points)

@@ -97,7 +97,8 @@ def _both(run: Run, name: str, draw: Callable[[Any], bytes], alt: str, caption: 
 
 
 def _table(outcomes: Sequence[Outcome], caption: str) -> Table:
-    rows, strong = [], []
+    rows: list[list[str]] = []
+    strong: list[int] = []
     best = max((o.accuracy.value for o in outcomes if not o.shuffled), default=0.0)
     for each in sorted(outcomes, key=lambda o: -o.accuracy.value):
         if each.accuracy.value == best and not each.shuffled:
@@ -181,8 +182,7 @@ def _edits(run: Run, found: Found) -> Section:
             curves = [
                 DoseCurve(e.kind, [DosePoint(d.t, d.target, d.source, 1 - d.none.value) for d in e.doses]) for e in own
             ]
-            names = {"target_name": f"shows {target}", "kept_name": f"shows {e_source(own)}"}
-            return dose_response(curves, theme=theme, **names)
+            return dose_response(curves, target_name=f"shows {target}", kept_name=f"shows {e_source(own)}", theme=theme)
 
         alt = f"Rates of {target} against how far adapters are moved, {pair}"
         caption = "Wilson 95 % intervals. Lower panels: share of pictures that show any known class."

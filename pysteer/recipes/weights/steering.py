@@ -123,8 +123,8 @@ class Editor:
             images = self.paint(own, direction, t)
             advance(len(images))
             seen = self.judge.classify(images).labels[attribute]
-            rates = [rate([word == wanted for word in seen]) for wanted in (value, before, "none")]
-            doses.append(Dose(t, *rates, images))
+            shown, still, none = (rate([word == wanted for word in seen]) for wanted in (value, before, "none"))
+            doses.append(Dose(t, shown, still, none, images))
         typical = float(self.directions.gram.diagonal().mean().sqrt())
         return Edited(text, kind, self.directions.length(direction) / typical, tuple(doses))
 
