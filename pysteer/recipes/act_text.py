@@ -69,17 +69,9 @@ def run_act_text(config: ActTextConfig, run: Run) -> Summary:
     sites = ", ".join(place.label for place in trial.places)
     run.log.info("task %s: %d and %d texts; sites %s", task.name, len(task.source), len(task.target), sites)
     run.log.info("%d texts for %s", trial.planned, ", ".join(trial.methods))
-    search_score: Score | None = None
     with run.progress.task("texts", trial.planned) as advance:
-        if trial.searching:
-            own = trial.unsteered("search", advance)
-            search_score = scores(own, own, task.words)[0]
-        baseline = trial.unsteered("report", advance)
-        outcomes = []
-        for name in trial.methods:
-            searched = trial.search(name, own, advance) if trial.searching else []
-            outcomes.append(trial.outcome(name, searched, baseline, advance))
-    outcomes = ranked(outcomes, config.evaluation.perplexity_bar)
+        baseline, search_score, found = trial.outcomes(advance)
+    outcomes = ranked(found, config.evaluation.perplexity_bar)
     unsteered = scores(baseline, baseline, task.words)[0]
     _write_tables(run, outcomes, baseline, unsteered)
     _track(trackers, outcomes)
@@ -94,16 +86,19 @@ def run_act_text(config: ActTextConfig, run: Run) -> Summary:
 def _write_tables(run: Run, outcomes: Sequence[Outcome], baseline: Texts, unsteered: Score) -> None:
     """`text_generation.csv` as the published pipeline writes it, and all scores as a table."""
     for outcome in outcomes:
+        if outcome.texts is None:
+            continue
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(["strength", "prompt", "generation"])
         for each in (baseline, outcome.texts):
             writer.writerows(zip(each.strengths, each.prompts, each.texts, strict=True))
-        inside = "" if len(outcomes) == 1 else f"{outcome.method}/"
+        inside = "" if sum(o.texts is not None for o in outcomes) == 1 else f"{outcome.method}/"
         run.write_text(f"generate_with_hooks/{inside}text_generation.csv", text.getvalue())
     rows = [_row("unsteered", "", "report", unsteered)]
     for outcome in outcomes:
-        rows += [_row(outcome.method, outcome.chosen.label, "report", score) for score in outcome.scores]
+        if outcome.texts is not None:
+            rows += [_row(outcome.method, outcome.chosen.label, "report", score) for score in outcome.scores]
         for setting in outcome.searched:
             rows += [_row(setting.method, setting.place.label, "search", score) for score in setting.scores]
     run.write_parquet("metrics.parquet", rows)
@@ -131,7 +126,13 @@ def _summary(
     named = {"method": best.method, "place": best.chosen.label, "strength": best.best.strength}
     rates = {"target_rate": best.best.concept.value, "perplexity_ratio": best.best.ratio}
     table = [
-        {"method": o.method, "place": o.chosen.label, "readable": s.ratio <= bar, **s.as_dict()}
+        {
+            "method": o.method,
+            "place": o.chosen.label,
+            "prompts": "search" if o.texts is None else "report",
+            "readable": s.ratio <= bar,
+            **s.as_dict(),
+        }
         for o in outcomes
         for s in o.scores
     ]

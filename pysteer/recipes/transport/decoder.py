@@ -69,6 +69,8 @@ class RowDecoder:
         sampling: how tokens are drawn.
         skip: first tokens of every text that are not steered; 1 leaves the attention sink alone.
         position: "all", or "last": the last token of a prompt and every new one are steered.
+        steered_new: how many new tokens are drawn under steering, the first ones; 0 for all. A topic that is under way
+            goes on by itself, at no further cost.
         stop_at_end: end a text at the model's end token; otherwise every text has `max_new_tokens`.
     """
 
@@ -81,14 +83,16 @@ class RowDecoder:
         sampling: Sampling | None = None,
         skip: int = 1,
         position: str = "all",
+        steered_new: int = 0,
         stop_at_end: bool = True,
     ) -> None:
         check_choice("position", position, ("all", "last"))
-        for what, value, least in (("rows", rows, 1), ("max_new_tokens", max_new_tokens, 1), ("skip", skip, 0)):
+        numbers = (("rows", rows, 1), ("max_new_tokens", max_new_tokens, 1), ("skip", skip, 0))
+        for what, value, least in (*numbers, ("steered_new", steered_new, 0)):
             if type(value) is not int or value < least:
                 raise InputError(what, value=value, allowed=f"a whole number, at least {least}")
         self.lm, self.rows, self.max_new_tokens, self.skip = lm, rows, max_new_tokens, skip
-        self.sampling, self.position = sampling or Sampling(), position
+        self.sampling, self.position, self.steered_new = sampling or Sampling(), position, steered_new
         self.ends = _end_tokens(lm) if stop_at_end else frozenset()
         self.attention = str(getattr(lm.model.config, "_attn_implementation", "eager"))
         if self.attention not in ("sdpa", "eager"):
@@ -114,9 +118,12 @@ class RowDecoder:
         with pysteer.steer(self.lm, plan, strength=torch.zeros(rows), capacity=rows) as handle:
             yield from self._batch(requests, handle)
 
-    def steered_from(self, request: Request) -> int:
-        """The first token of a text that is steered."""
-        return max(self.skip, len(request.prompt) - 1) if self.position == "last" else self.skip
+    def strength_at(self, request: Request, place: int) -> float:
+        """How strongly token `place` of a text is steered."""
+        last = len(request.prompt) - 1
+        first = max(self.skip, last) if self.position == "last" else self.skip
+        over = self.steered_new and place >= last + self.steered_new
+        return 0.0 if place < first or over else request.strength
 
     def _check(self, requests: Sequence[Request], plan: Plan | None) -> None:
         config = _text_config(self.lm)
@@ -195,10 +202,7 @@ class _State:
         """Write the strengths where they changed: a row's own once its first tokens have passed."""
         if self.handle is None:
             return
-        own = [
-            0.0 if row is None or row.fed < self.decoder.steered_from(row.request) else row.request.strength
-            for row in self.rows
-        ]
+        own = [0.0 if row is None else self.decoder.strength_at(row.request, row.fed) for row in self.rows]
         wanted = torch.tensor(own)
         if self.steered is None or not torch.equal(wanted, self.steered):
             self.handle.strength = self.steered = wanted

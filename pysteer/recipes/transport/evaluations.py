@@ -151,7 +151,9 @@ def _zero_shot(
         if not isinstance(judge, LanguageModel):
             raise InputError("zero_shot_model", value=config.evaluation.zero_shot_model, allowed="a language model")
     rows = []
-    for strength, texts in ((0.0, baseline.texts), (best.best.strength, best.texts.at(best.best.strength).texts)):
+    assert best.texts is not None
+    steered = best.texts.at(best.best.strength).texts
+    for strength, texts in ((0.0, baseline.texts), (best.best.strength, steered)):
         asked = [
             f'Is the following text about {trial.task.name}? Answer yes or no.\n\n"{text.strip()}"' for text in texts
         ]

@@ -48,6 +48,8 @@ class MethodSettings:
         options: options of the methods by name, for example {linear_act: {support: all}}.
         incremental: atonce fits every site from the unsteered model; incr fits each with the earlier ones steered.
         position: all tokens of a text are steered, or the last one of the prompt and every new one.
+        steered_new: new tokens that are drawn under steering, the first ones of every text; 0 for all. A topic that is
+            under way goes on by itself.
         skip_tokens: first tokens of every text that neither enter the fit nor are steered: the first one is the
             attention sink, whose activations dwarf all others.
         batch_size: texts read at once while fitting.
@@ -57,11 +59,12 @@ class MethodSettings:
     options: dict[str, Any] = field(default_factory=dict)
     incremental: Literal["atonce", "incr"] = "atonce"
     position: Literal["all", "last"] = "all"
+    steered_new: int = 0
     skip_tokens: int = 1
     batch_size: int = 50
 
     def __post_init__(self) -> None:
-        check_numbers("method", self, skip_tokens=0, batch_size=1)
+        check_numbers("method", self, skip_tokens=0, steered_new=0, batch_size=1)
         if not self.names or len(set(self.names)) != len(self.names):
             raise InputError("method.names", value=", ".join(self.names) or "none", allowed="at least one, each once")
         for name, options in self.options.items():
@@ -137,6 +140,8 @@ class SearchSettings:
         sites: places that are tried; `block.14+block.18` steers both. Empty: no search, `model.sites` are steered.
         strengths: tried at every place; empty takes a list that suits the method.
         num_sentences: texts per setting.
+        report: all methods are measured on the prompts of the report, or the best one alone; the others then keep the
+            scores of the search.
         perplexity: the most that counts as readable, a factor on the unsteered perplexity. Below the bar the report is
             held against, because the best of many is partly luck.
     """
@@ -144,6 +149,7 @@ class SearchSettings:
     sites: tuple[str, ...] = ()
     strengths: tuple[float, ...] = ()
     num_sentences: int = 40
+    report: Literal["all", "best"] = "all"
     perplexity: float = 1.4
 
     def __post_init__(self) -> None:

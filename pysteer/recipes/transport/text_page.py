@@ -45,8 +45,13 @@ def sentence(best: Outcome, unsteered: Rate, config: ActTextConfig, name: str) -
 
 
 def ranked(outcomes: Sequence[Outcome], bar: float) -> list[Outcome]:
-    """Methods by concept rate, those below the bar of perplexity first."""
-    return sorted(outcomes, key=lambda o: (o.best.ratio > bar, -(o.best.concept.value if o.best.concept.total else 0)))
+    """Methods by concept rate: first those measured for the report, of these those below the bar first."""
+
+    def order(outcome: Outcome) -> tuple[bool, bool, float]:
+        rate = outcome.best.concept
+        return outcome.texts is None, outcome.best.ratio > bar, -(rate.value if rate.total else 0.0)
+
+    return sorted(outcomes, key=order)
 
 
 def _curve(outcome: Outcome, baseline: Score, searching: bool) -> CostCurve:
@@ -62,11 +67,15 @@ def _table(outcomes: Sequence[Outcome], unsteered: Score, texts: int, config: Ac
     head = ("method", "place", "strength", "concept, % of texts", "perplexity, x unsteered", "texts")
     rows = [["unsteered", "", "0", percent(unsteered.concept), "1", str(texts)]]
     rows += [
-        [label(o.method), o.chosen.label, f"{s.strength:g}", percent(s.concept), factor(s), str(texts)]
+        [label(o.method), o.chosen.label, f"{s.strength:g}", percent(s.concept), factor(s), _count(o, texts)]
         for o in outcomes
         for s in ([o.best] if len(o.scores) == 1 else o.scores)
     ]
     return Table(f"Texts of the report; bar of perplexity {bar:g}", head, rows, strong=(1,))
+
+
+def _count(outcome: Outcome, texts: int) -> str:
+    return str(texts) if outcome.texts is not None else f"{outcome.best.concept.total} of the search"
 
 
 def _search_table(outcomes: Sequence[Outcome]) -> Table:
@@ -81,6 +90,7 @@ def _search_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _examples(best: Outcome, baseline: Texts) -> Table:
+    assert best.texts is not None
     steered = best.texts.at(best.best.strength)
     count = min(_EXAMPLES, len(steered.texts))
     rows = [

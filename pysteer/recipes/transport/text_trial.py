@@ -128,8 +128,8 @@ class Outcome:
         method: its name.
         searched: all places and strengths that were tried, on the prompts of the search.
         chosen: the place that was taken.
-        texts: those of the report, unsteered ones not included.
-        scores: of the report, by strength.
+        texts: those of the report, unsteered ones not included; None where only the search was run.
+        scores: of the report, by strength; of the search where only that was run.
         best: strength with the highest concept rate among those whose perplexity stays below the bar, else the one with
             the lowest perplexity.
     """
@@ -137,7 +137,7 @@ class Outcome:
     method: str
     searched: list[Setting]
     chosen: Place
-    texts: Texts
+    texts: Texts | None
     scores: list[Score]
     best: Score
 
@@ -172,7 +172,8 @@ class TextTrial:
         known = self.family.sites(lm)
         sites = [known[name] for name in dict.fromkeys(name for place in self.places for name in place.sites)]
         texts = config_hash(task.source, task.target, task.prompts, task.search_prompts)
-        self.identity = [fingerprint(lm, sites), str(next(lm.model.parameters()).dtype), texts]
+        model = [fingerprint(lm, sites), str(next(lm.model.parameters()).dtype)]
+        self.identity = [model, texts]
         decoder = RowDecoder(
             lm,
             rows=config.generation.rows,
@@ -182,8 +183,9 @@ class TextTrial:
             ),
             skip=config.method.skip_tokens,
             position=config.method.position,
+            steered_new=config.method.steered_new,
         )
-        self.writer = Writer(run, lm, decoder, self.identity)
+        self.writer = Writer(run, lm, decoder, model, texts)
 
     def _places(self) -> list[Place]:
         known = self.family.sites(self.lm)
@@ -209,7 +211,8 @@ class TextTrial:
         if not self.searching:
             return config.generation.num_sentences * (1 + methods * len(self._steered_strengths()))
         tried = sum(len(self.strengths(name)) for name in self.methods) * len(self.places)
-        return config.search.num_sentences * (1 + tried) + config.generation.num_sentences * (1 + methods)
+        reported = 1 if config.search.report == "best" else methods
+        return config.search.num_sentences * (1 + tried) + config.generation.num_sentences * (1 + reported)
 
     def _steered_strengths(self) -> list[float]:
         return [strength for strength in self.config.strengths.all() if strength != 0]
@@ -247,7 +250,7 @@ class TextTrial:
         """The model's own texts for the prompts of the "search" or of the "report"."""
         count = self.config.search.num_sentences if use == "search" else self.config.generation.num_sentences
         prompts = self.task.search_prompts if use == "search" else self.task.prompts
-        return self.writer.write(f"unsteered-{use}", self.writer.requests(prompts, [0.0], count), None, advance)
+        return self.writer.unsteered(f"unsteered-{use}", self.writer.requests(prompts, [0.0], count), advance)
 
     def search(self, name: str, baseline: Texts, advance: Advance) -> list[Setting]:
         """Every place and strength of a method, on the prompts of the search."""
@@ -260,14 +263,41 @@ class TextTrial:
             found.append(Setting(name, place, scores(texts, baseline, self.task.words)))
         return found
 
+    def top(self, searched: Sequence[Setting]) -> tuple[Setting, Score]:
+        """The setting that a search takes, and its score there."""
+        limit = self.config.search.perplexity
+        tops = [(best_of(setting.scores, limit), setting) for setting in searched]
+        top = best_of([score for score, _ in tops], limit)
+        return next(setting for score, setting in tops if score is top), top
+
+    def outcomes(self, advance: Advance) -> tuple[Texts, Score | None, list[Outcome]]:
+        """Everything: the model's own texts for the report, their score in the search, and what each method came to."""
+        if not self.searching:
+            baseline = self.unsteered("report", advance)
+            return baseline, None, [self.outcome(name, [], baseline, advance) for name in self.methods]
+        own = self.unsteered("search", advance)
+        searched = {name: self.search(name, own, advance) for name in self.methods}
+        baseline = self.unsteered("report", advance)
+        reported = set(self.methods)
+        if self.config.search.report == "best":
+            reported = {self.top([setting for found in searched.values() for setting in found])[0].method}
+        found = [
+            self.outcome(name, tried, baseline, advance) if name in reported else self.searched_only(name, tried)
+            for name, tried in searched.items()
+        ]
+        return baseline, scores(own, own, self.task.words)[0], found
+
+    def searched_only(self, name: str, searched: list[Setting]) -> Outcome:
+        """What a method came to on the prompts of the search, without texts of the report."""
+        setting, top = self.top(searched)
+        return Outcome(name, searched, setting.place, None, [top], top)
+
     def outcome(self, name: str, searched: list[Setting], baseline: Texts, advance: Advance) -> Outcome:
         """The texts and scores of the report for one method."""
         place, strengths = self.places[0], self._steered_strengths()
         if searched:
-            tops = [(best_of(setting.scores, self.config.search.perplexity), setting.place) for setting in searched]
-            top = best_of([score for score, _ in tops], self.config.search.perplexity)
-            place = next(own for score, own in tops if score is top)
-            strengths = [top.strength]
+            setting, top = self.top(searched)
+            place, strengths = setting.place, [top.strength]
         plan = self.fitted(name, place).plan()
         asked = self.writer.requests(self.task.prompts, strengths, self.config.generation.num_sentences)
         texts = self.writer.write(f"report-{name}", asked, plan, advance)

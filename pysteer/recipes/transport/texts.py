@@ -9,10 +9,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+import pysteer
+from pysteer import files
 from pysteer.metrics.concepts import mentions
 from pysteer.metrics.perplexity import Likelihood, continuation_likelihood
 from pysteer.metrics.rates import Rate, rate
 from pysteer.models.language import LanguageModel
+from pysteer.recipes.config import config_hash
 from pysteer.recipes.frame import Run
 from pysteer.recipes.progress import Advance
 from pysteer.recipes.transport.decoder import Request, RowDecoder, in_order
@@ -80,6 +83,12 @@ def scores(texts: Texts, baseline: Texts, words: Sequence[str]) -> list[Score]:
     return found
 
 
+def _texts(columns: dict[str, list[Any]]) -> Texts:
+    nats = torch.tensor(columns["nats"], dtype=torch.float64)
+    likelihood = Likelihood(nats, torch.tensor(columns["tokens"], dtype=torch.int64))
+    return Texts(columns["strength"], columns["prompt"], columns["generation"], likelihood)
+
+
 class Writer:
     """Generates and keeps texts in stages of a run.
 
@@ -87,11 +96,13 @@ class Writer:
         run: the run.
         lm: the model.
         decoder: generates.
-        identity: what beside the configuration the texts depend on (the weights, the task).
+        model: what tells the weights and their type apart.
+        task: what tells the task apart.
     """
 
-    def __init__(self, run: Run, lm: LanguageModel, decoder: RowDecoder, identity: Any) -> None:
-        self.run, self.lm, self.decoder, self.identity = run, lm, decoder, identity
+    def __init__(self, run: Run, lm: LanguageModel, decoder: RowDecoder, model: Any, task: Any) -> None:
+        self.run, self.lm, self.decoder, self.model = run, lm, decoder, model
+        self.identity = [model, task]
 
     def requests(self, prompts: Sequence[str], strengths: Sequence[float], count: int) -> list[tuple[str, Request]]:
         """`count` texts per strength over the prompts in turn, all strengths of a text beside each other.
@@ -126,10 +137,23 @@ class Writer:
             table = pq.read_table(self.run.path(file)).to_pydict()
             for column, values in rows.items():
                 values += table[column]
-        likelihood = Likelihood(
-            torch.tensor(rows["nats"], dtype=torch.float64), torch.tensor(rows["tokens"], dtype=torch.int64)
-        )
-        return Texts(rows["strength"], rows["prompt"], rows["generation"], likelihood)
+        return _texts(rows)
+
+    def unsteered(self, key: str, asked: Sequence[tuple[str, Request]], advance: Advance) -> Texts:
+        """The model's own texts, taken from an earlier run in the same folder of runs where it made the very same."""
+        decoder = self.decoder
+        how = [decoder.sampling, decoder.max_new_tokens, decoder.rows, sorted(decoder.ends), pysteer.__version__]
+        requests = [[request.prompt, request.seed] for _, request in asked]
+        mark = config_hash(self.model, how, requests)
+        store = self.run.folder.parent / ".unsteered" / f"{mark}.parquet"
+        if store.is_file():
+            advance(len(asked))
+            return _texts(pq.read_table(store).to_pydict())
+        made = self.write(key, asked, None, advance)
+        columns = {"strength": made.strengths, "prompt": made.prompts, "generation": made.texts}
+        counted = {"nats": made.likelihood.nats.tolist(), "tokens": made.likelihood.tokens.tolist()}
+        files.write_parquet(store, {**columns, **counted})
+        return made
 
     def _made(self, part: Sequence[tuple[str, Request]], plan: Plan | None, advance: Advance) -> dict[str, list[Any]]:
         made = in_order(self.decoder, [request for _, request in part], plan, done=lambda count: advance())
