@@ -1,0 +1,17 @@
+"""Contenders for the tests of a contest: some of them cheat."""
+
+from pathlib import Path
+
+import torch
+
+from bench.serving import Prepared
+
+X = torch.arange(12.0).view(3, 4)
+
+
+def prepare(kind: str, folder: Path, work_name: str) -> Prepared:
+    """`x + 1` is the work."""
+    if kind == "breaks":
+        raise RuntimeError("cannot be prepared")
+    made = {"unsteered": X, "plain": X + 1, "right": X + 1.001, "idle": X, "wrong": X + 2, "nan": X * torch.nan}[kind]
+    return Prepared(lambda: X @ X.T, lambda: made, units=3)
