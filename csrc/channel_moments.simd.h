@@ -67,7 +67,7 @@ inline Sums no_sums() { return {zero(), zero(), zero()}; }
 
 // How many pairs of sums run side by side, so that no sum waits for itself and all stay in registers.
 template <class T>
-constexpr int kPairs = PYSTEER_ISA_LEVEL == 4 && std::is_same<T, BFloat16>::value ? 2 : 1;
+constexpr int kPairs = PYSTEER_ISA_LEVEL >= 4 && std::is_same<T, BFloat16>::value ? 2 : 1;
 
 template <class T>
 struct Pair {
@@ -95,7 +95,7 @@ struct Pair {
     }
 };
 
-#if PYSTEER_ISA_LEVEL == 4
+#if PYSTEER_ISA_LEVEL >= 4
 // Products of pairs, added up two at a time in one instruction; the order of the sum is free along a channel.
 inline __m512bh pairs(Ints v) { return __m512bh(v); }
 template <>

@@ -114,6 +114,7 @@ struct Selection {
 }  // namespace
 }  // namespace pysteer
 
+#define PYSTEER_WITH_AMX
 #define PYSTEER_KERNEL "sae_encode.simd.h"
 #include "each_isa.h"
 

@@ -91,6 +91,7 @@ void screen_panel(const W* w, const LatentFrame& f, std::int64_t first, const Pa
     PanelOf panel = selection.panel(first, kPanel);
     panel.sizes = memory.sizes;
     panel.errors = memory.errors;
+    start_tiles();
     for (std::int64_t b = begin; b < end; ++b) {
         multiply_block(x, b, memory, f.width, sums);
         const std::int64_t token = b * kBlock, count = std::min<std::int64_t>(kBlock, x.count - token);
@@ -100,6 +101,7 @@ void screen_panel(const W* w, const LatentFrame& f, std::int64_t first, const Pa
             if (mine.count > selection.room) selection.narrow_or_give_up(mine);
         }
     }
+    finish_tiles();
 }
 
 #if PYSTEER_ISA_LEVEL >= 3

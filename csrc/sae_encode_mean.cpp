@@ -17,6 +17,7 @@ struct MeanOf {
 }  // namespace
 }  // namespace pysteer
 
+#define PYSTEER_WITH_AMX
 #define PYSTEER_KERNEL "sae_encode_mean.simd.h"
 #include "each_isa.h"
 

@@ -22,6 +22,7 @@ void mean_panel(const W* w, const LatentFrame& f, std::int64_t first, const Pack
         dot_tile<1, 1>(op.folded, 0, &row, f.width, &product);
         bias[j] -= product;
     }
+    start_tiles();
     for (std::int64_t b = 0; b < ceil_div(x.count, kBlock); ++b) {
         multiply_block(x, b, memory, f.width, sums);
         const std::int64_t token = b * kBlock, count = std::min<std::int64_t>(kBlock, x.count - token);
@@ -35,6 +36,7 @@ void mean_panel(const W* w, const LatentFrame& f, std::int64_t first, const Pack
             }
         }
     }
+    finish_tiles();
 }
 
 }  // namespace

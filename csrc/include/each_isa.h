@@ -6,8 +6,8 @@
 //
 // Everything in it has internal linkage: files of several ops may use the same names, which the linker would merge
 // without a word otherwise. The kernel file has no include guard, includes nothing, and sees pysteer::BFloat16 and the
-// vectors of simd.h. The environment variable PYSTEER_ISA (base, avx2, avx512, avx512_bf16) lowers the choice; it is
-// read once.
+// vectors of simd.h. A file that defines PYSTEER_WITH_AMX before is compiled for the tiles of AMX as well. The
+// environment variable PYSTEER_ISA (base, avx2, avx512, avx512_bf16, amx) lowers the choice; it is read once.
 
 #include <algorithm>
 #include <cstdint>
@@ -42,6 +42,11 @@
         "clang attribute push("                                                                                 \
         "__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\"))), apply_to = " \
         "function)")
+#define PYSTEER_TARGET_AMX                                                                                  \
+    _Pragma(                                                                                                \
+        "clang attribute push("                                                                             \
+        "__attribute__((target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-" \
+        "bf16\"))), apply_to = function)")
 #define PYSTEER_TARGET_END _Pragma("clang attribute pop")
 #else
 #define PYSTEER_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
@@ -49,6 +54,9 @@
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq\")")
 #define PYSTEER_TARGET_AVX512_BF16 \
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16\")")
+#define PYSTEER_TARGET_AMX      \
+    _Pragma("GCC push_options") \
+        _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16\")")
 #define PYSTEER_TARGET_END _Pragma("GCC pop_options")
 #endif
 
@@ -96,16 +104,33 @@ namespace {
 }  // namespace isa_avx512_bf16
 #undef PYSTEER_ISA_LEVEL
 PYSTEER_TARGET_END
+
+#ifdef PYSTEER_WITH_AMX
+PYSTEER_TARGET_AMX
+#define PYSTEER_ISA_LEVEL 5
+namespace isa_amx {
+namespace {
+#include "simd.h"
+#include PYSTEER_KERNEL
+}  // namespace
+}  // namespace isa_amx
+#undef PYSTEER_ISA_LEVEL
+PYSTEER_TARGET_END
+#else
+namespace isa_amx = isa_avx512_bf16;
+#endif
 #endif
 
 namespace {
 
 int isa_level() {
     static const int level = [] {
-        const int best = cpu_features().avx512_bf16 ? 4 : cpu_features().avx512f ? 3 : cpu_features().avx2 ? 2 : 0;
+        const CpuFeatures& have = cpu_features();
+        const int best = have.avx512_bf16 ? (have.amx ? 5 : 4) : have.avx512f ? 3 : have.avx2 ? 2 : 0;
         const char* asked = std::getenv("PYSTEER_ISA");
         const std::string name = asked ? asked : "";
-        return std::min(best, name == "base" ? 0 : name == "avx2" ? 2 : name == "avx512" ? 3 : 4);
+        const int most = name == "base" ? 0 : name == "avx2" ? 2 : name == "avx512" ? 3 : name == "avx512_bf16" ? 4 : 5;
+        return std::min(best, most);
     }();
     return level;
 }
@@ -115,7 +140,8 @@ int isa_level() {
 
 #ifdef PYSTEER_X86
 #define PYSTEER_PICK(...)                                                    \
-    (::pysteer::isa_level() == 4   ? ::pysteer::isa_avx512_bf16::__VA_ARGS__ \
+    (::pysteer::isa_level() == 5   ? ::pysteer::isa_amx::__VA_ARGS__         \
+     : ::pysteer::isa_level() == 4 ? ::pysteer::isa_avx512_bf16::__VA_ARGS__ \
      : ::pysteer::isa_level() == 3 ? ::pysteer::isa_avx512::__VA_ARGS__      \
      : ::pysteer::isa_level() == 2 ? ::pysteer::isa_avx2::__VA_ARGS__        \
                                    : ::pysteer::isa_base::__VA_ARGS__)

@@ -1,7 +1,7 @@
 // Products of tokens with many latents, tile by tile on the CPU, for ops that look at x W' + b and never keep it.
 //
 // Tokens are packed in blocks and latents in panels, so that a micro kernel (panels.simd.h) holds a whole block x panel
-// in registers. Two forms: floats, and pairs of bfloat16 with sums in fp32 (AVX512_BF16).
+// in registers. Two forms: floats, and pairs of bfloat16 with sums in fp32 (AVX512_BF16, or the tiles of AMX).
 #pragma once
 
 #include <algorithm>
@@ -73,9 +73,12 @@ struct PanelMemory {
     BFloat16* rounded;
 };
 
-constexpr std::int64_t kWidestPanel = 48, kWidestBlock = 8;
+constexpr std::int64_t kWidestPanel = 48, kWidestBlock = 32;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Pairs of a row, filled up to what a tile of AMX takes.
+inline std::int64_t pair_depth(std::int64_t width) { return ceil_div(width, 32) * 16; }
 
 // The memory behind `PackedTokens`.
 struct TokenBuffers {
@@ -84,7 +87,7 @@ struct TokenBuffers {
     Buffer<TokenNorm> norms;
     std::int64_t depth;
 
-    TokenBuffers(std::int64_t count, std::int64_t width, bool in_pairs) : depth(in_pairs ? (width + 1) / 2 : width) {
+    TokenBuffers(std::int64_t count, std::int64_t width, bool in_pairs) : depth(in_pairs ? pair_depth(width) : width) {
         const std::int64_t size = ceil_div(count, kWidestBlock) * kWidestBlock;
         if (in_pairs) {
             pairs = Buffer<std::uint32_t>(size * depth);
@@ -105,7 +108,7 @@ struct PanelBuffers {
 
     PanelBuffers(std::int64_t width, bool in_pairs) : sizes(2 * kWidestPanel), floats(kWidestBlock * width) {
         if (in_pairs) {
-            pairs = Buffer<std::uint32_t>((width + 1) / 2 * kWidestPanel);
+            pairs = Buffer<std::uint32_t>(pair_depth(width) * kWidestPanel);
             rounded = Buffer<BFloat16>(kWidestPanel * (width + 2));
         } else {
             panel = Buffer<float>(width * kWidestPanel);

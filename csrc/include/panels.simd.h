@@ -2,16 +2,20 @@
 //
 //   kBlock tokens x kPanel latents of one step of the micro kernel
 //   floats: tokens [width][kBlock], latents [width][kPanel]
-//   pairs:  tokens [width / 2][kBlock] and latents [width / 2][kPanel] of two bfloat16 each, the last filled with zero
+//   pairs:  tokens [width / 2][kBlock] and latents [width / 2][kPanel] of two bfloat16 each, the last filled with zero;
+//           for AMX tokens [kBlock][pair_depth] and latents [pair_depth][kPanel]
 
 constexpr int kVectors = 3;  // of a panel
 constexpr int kPanel = kVectors * kLanes;
-#if PYSTEER_ISA_LEVEL >= 3
+#if PYSTEER_ISA_LEVEL == 5
+constexpr int kBlock = 32;
+#elif PYSTEER_ISA_LEVEL >= 3
 constexpr int kBlock = 8;
 #else
 constexpr int kBlock = 4;
 #endif
-#if PYSTEER_ISA_LEVEL == 4
+constexpr int kGroup = kBlock < 8 ? kBlock : 8;  // tokens whose sums are in registers
+#if PYSTEER_ISA_LEVEL >= 4
 constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
@@ -138,26 +142,28 @@ inline float length(const T* v, std::int64_t n) {
 
 // sums[t][0..kPanel) of kBlock tokens.
 inline void multiply(const float* block, const float* panel, std::int64_t width, float* sums) {
-    Vec sum[kBlock][kVectors];
-    for (int t = 0; t < kBlock; ++t) {
-        for (int c = 0; c < kVectors; ++c) sum[t][c] = zero();
-    }
-    for (std::int64_t d = 0; d < width; ++d) {
-        const Vec w0 = load(panel + d * kPanel), w1 = load(panel + d * kPanel + kLanes),
-                  w2 = load(panel + d * kPanel + 2 * kLanes);
-        for (int t = 0; t < kBlock; ++t) {
-            const Vec v = set1(block[d * kBlock + t]);
-            sum[t][0] = fma(v, w0, sum[t][0]);
-            sum[t][1] = fma(v, w1, sum[t][1]);
-            sum[t][2] = fma(v, w2, sum[t][2]);
+    for (int first = 0; first < kBlock; first += kGroup) {
+        Vec sum[kGroup][kVectors];
+        for (int t = 0; t < kGroup; ++t) {
+            for (int c = 0; c < kVectors; ++c) sum[t][c] = zero();
         }
-    }
-    for (int t = 0; t < kBlock; ++t) {
-        for (int c = 0; c < kVectors; ++c) store(sums + t * kPanel + c * kLanes, sum[t][c]);
+        for (std::int64_t d = 0; d < width; ++d) {
+            const Vec w0 = load(panel + d * kPanel), w1 = load(panel + d * kPanel + kLanes),
+                      w2 = load(panel + d * kPanel + 2 * kLanes);
+            for (int t = 0; t < kGroup; ++t) {
+                const Vec v = set1(block[d * kBlock + first + t]);
+                sum[t][0] = fma(v, w0, sum[t][0]);
+                sum[t][1] = fma(v, w1, sum[t][1]);
+                sum[t][2] = fma(v, w2, sum[t][2]);
+            }
+        }
+        for (int t = 0; t < kGroup; ++t) {
+            for (int c = 0; c < kVectors; ++c) store(sums + (first + t) * kPanel + c * kLanes, sum[t][c]);
+        }
     }
 }
 
-#if PYSTEER_ISA_LEVEL == 4
+#if PYSTEER_ISA_LEVEL >= 4
 
 inline std::uint32_t pair_at(const BFloat16* p) {
     std::uint32_t both;
@@ -191,19 +197,24 @@ inline void round_row(const T* v, std::int64_t n, BFloat16* out, float* size, fl
     *error = __builtin_sqrtf(total_off);
 }
 
-// rounded: [width + 1]. `share` of the length of the token is added to what rounding took off.
+// rounded: [width + 2]. `share` of the length of the token is added to what rounding took off.
 inline void pack_block(const float* floats, std::int64_t count, std::int64_t width, std::uint32_t* block,
                        BFloat16* rounded, float share, TokenNorm* norms) {
     const std::int64_t pairs = (width + 1) / 2;
+#if PYSTEER_ISA_LEVEL == 5
+    std::memset(block, 0, kBlock * pair_depth(width) * sizeof(std::uint32_t));
+#endif
     for (std::int64_t t = 0; t < kBlock; ++t) {
-        if (t >= count) {
-            for (std::int64_t d = 0; d < pairs; ++d) block[d * kBlock + t] = 0;
-            continue;
+        if (t < count) {
+            float size, error;
+            round_row(floats + t * width, width, rounded, &size, &error);
+            norms[t] = {(size + error) * 1.001f, (error + share * size) * 1.001f};
         }
-        float size, error;
-        round_row(floats + t * width, width, rounded, &size, &error);
-        for (std::int64_t d = 0; d < pairs; ++d) block[d * kBlock + t] = pair_at(rounded + 2 * d);
-        norms[t] = {(size + error) * 1.001f, (error + share * size) * 1.001f};
+#if PYSTEER_ISA_LEVEL == 5
+        if (t < count) std::memcpy(block + t * pair_depth(width), rounded, pairs * sizeof(std::uint32_t));
+#else
+        for (std::int64_t d = 0; d < pairs; ++d) block[d * kBlock + t] = t < count ? pair_at(rounded + 2 * d) : 0;
+#endif
     }
 }
 
@@ -239,7 +250,64 @@ void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, std::uint3
             return _mm512_maskz_loadu_epi32(mask, rows[j + row] + 2 * d);
         });
     }
+#if PYSTEER_ISA_LEVEL == 5
+    std::memset(panel + pairs * kPanel, 0, (pair_depth(f.width) - pairs) * kPanel * sizeof(std::uint32_t));
+#endif
 }
+
+#if PYSTEER_ISA_LEVEL == 5
+
+struct alignas(64) TileShapes {
+    std::uint8_t palette = 1, start = 0, reserved[14] = {};
+    std::uint16_t bytes[16] = {};
+    std::uint8_t rows[16] = {};
+};
+
+// All eight tiles have 16 rows of 64 bytes. A thread does this before its first multiply.
+inline void start_tiles() {
+    TileShapes shapes;
+    std::fill_n(shapes.bytes, 8, std::uint16_t(64));
+    std::fill_n(shapes.rows, 8, std::uint8_t(16));
+    _tile_loadconfig(&shapes);
+}
+inline void finish_tiles() { _tile_release(); }
+
+// Two tiles of tokens by three of latents; each load is used as often as eight tiles allow.
+inline void multiply(const std::uint32_t* block, const std::uint32_t* panel, std::int64_t width, float* sums) {
+    const std::int64_t depth = pair_depth(width), stride = depth * 4;
+    const std::uint32_t *low = block, *high = block + 16 * depth;
+    constexpr std::int64_t kRow = kPanel * 4;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (std::int64_t d = 0; d < depth; d += 16) {
+        const std::uint32_t* w = panel + d * kPanel;
+        _tile_loadd(6, low + d, stride);
+        _tile_loadd(7, w, kRow);
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(7, w + 16, kRow);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(7, w + 32, kRow);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(6, high + d, stride);
+        _tile_dpbf16ps(5, 6, 7);
+        _tile_loadd(7, w + 16, kRow);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_loadd(7, w, kRow);
+        _tile_dpbf16ps(3, 6, 7);
+    }
+    _tile_stored(0, sums, kRow);
+    _tile_stored(1, sums + 16, kRow);
+    _tile_stored(2, sums + 32, kRow);
+    _tile_stored(3, sums + 16 * kPanel, kRow);
+    _tile_stored(4, sums + 16 * kPanel + 16, kRow);
+    _tile_stored(5, sums + 16 * kPanel + 32, kRow);
+}
+
+#else
 
 inline void multiply(const std::uint32_t* block, const std::uint32_t* panel, std::int64_t width, float* sums) {
     Vec sum[kBlock][kVectors];
@@ -265,6 +333,13 @@ inline void multiply(const std::uint32_t* block, const std::uint32_t* panel, std
 
 #endif
 
+#endif
+
+#if PYSTEER_ISA_LEVEL < 5
+inline void start_tiles() {}
+inline void finish_tiles() {}
+#endif
+
 // Packs block b of the tokens. floats: [kBlock][width].
 template <class T>
 void pack_tokens(const T* const* tokens, std::int64_t stride, const float* pre_bias, std::int64_t width,
@@ -274,7 +349,7 @@ void pack_tokens(const T* const* tokens, std::int64_t stride, const float* pre_b
         token_floats(tokens[first + t], stride, pre_bias, width, memory.floats + t * width);
     }
     const float share = float(width + 32) * 0x1p-22f;  // bounds twice the rounding of a sum of products
-#if PYSTEER_ISA_LEVEL == 4
+#if PYSTEER_ISA_LEVEL >= 4
     if (x.pairs) {
         pack_block(memory.floats, count, width, x.pairs + first * x.depth, memory.rounded, share, x.norms + first);
         return;
@@ -290,7 +365,7 @@ void pack_tokens(const T* const* tokens, std::int64_t stride, const float* pre_b
 // Packs a panel of latents, with the lengths that the margins need.
 template <class W>
 void pack_latents(const W* w, const LatentFrame& f, std::int64_t first, const PanelMemory& memory) {
-#if PYSTEER_ISA_LEVEL == 4
+#if PYSTEER_ISA_LEVEL >= 4
     if (memory.pairs) {
         pack_panel(w, f, first, memory.pairs, memory.sizes, memory.errors, memory.rounded);
         return;
@@ -305,7 +380,7 @@ void pack_latents(const W* w, const LatentFrame& f, std::int64_t first, const Pa
 
 inline void multiply_block(const PackedTokens& x, std::int64_t b, const PanelMemory& memory, std::int64_t width,
                            float* sums) {
-#if PYSTEER_ISA_LEVEL == 4
+#if PYSTEER_ISA_LEVEL >= 4
     if (x.pairs) {
         multiply(x.pairs + b * kBlock * x.depth, memory.pairs, width, sums);
         return;

@@ -1,6 +1,6 @@
 // Vectors of floats for one instruction set. each_isa.h includes this file once per set, inside a namespace of that
-// set, with PYSTEER_ISA_LEVEL 0 (plain C++), 2 (AVX2, FMA, F16C), 3 (AVX-512 F, BW, VL, DQ) or 4 (and BF16). No include
-// guard.
+// set, with PYSTEER_ISA_LEVEL 0 (plain C++), 2 (AVX2, FMA, F16C), 3 (AVX-512 F, BW, VL, DQ), 4 (and BF16) or 5 (and
+// AMX). No include guard.
 //
 //   kLanes                          floats in a Vec
 //   load(p), store(p, v)            of float, BFloat16, Float16; store rounds once, to nearest even
@@ -32,7 +32,7 @@ inline Vec load(const BFloat16* p) {
 inline Vec load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p); }
 
-#if PYSTEER_ISA_LEVEL == 4
+#if PYSTEER_ISA_LEVEL >= 4
 // The instruction flushes subnormal results (below 1.2e-38) to zero.
 inline __m256i narrow(Vec v, BFloat16) { return __m256i(_mm512_cvtneps_pbh(v)); }
 #else
@@ -67,7 +67,7 @@ inline void load2_as(BFloat16, const float* p, Vec& a, Vec& b) {
     b = _mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high);
 }
 inline __m512i join2(BFloat16, Vec a, Vec b) {
-#if PYSTEER_ISA_LEVEL == 4
+#if PYSTEER_ISA_LEVEL >= 4
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, __m512i(_mm512_cvtne2ps_pbh(b, a)));

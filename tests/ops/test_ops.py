@@ -45,7 +45,7 @@ def test_strengths_and_spans(op: str, variant: str, sizes: dict[str, int], stren
 
 
 @pytest.mark.skipif(not CPU_IS_LIVE, reason="the compiled extension is not built")
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16"])  # what is best here runs everywhere else
 def test_every_instruction_set(isa: str, root: Path) -> None:
     script = Path(__file__).with_name("checking.py")
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
