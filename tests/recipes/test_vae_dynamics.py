@@ -50,11 +50,10 @@ def _trained(folder: Path, config: VaeDynamicsConfig, stop: int | None = None) -
     if stop is None:
         trainer.run()
         return trainer
-    done = [0.0]
 
-    def interrupt(steps: float) -> None:
-        done[0] += steps
-        if done[0] >= stop:
+    def interrupt(done: float, total: float | None = None) -> None:
+        assert total == trainer.total
+        if done >= stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

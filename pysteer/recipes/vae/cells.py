@@ -16,6 +16,7 @@ from pysteer import files
 from pysteer.errors import InputError
 from pysteer.recipes.config import build_config, config_values
 from pysteer.recipes.frame import Run
+from pysteer.recipes.progress import Show
 from pysteer.recipes.vae.config import VaeDynamicsConfig
 from pysteer.recipes.vae.data import open_images
 from pysteer.recipes.vae.evaluate import evaluate, write_metrics
@@ -53,14 +54,14 @@ def train_and_evaluate(
     seed: int,
     folder: Path,
     say: Callable[..., None] = lambda *_: None,
-    advance: Callable[[float], None] = lambda _: None,
+    show: Show = lambda *_: None,
 ) -> dict[str, Any]:
     """Train one cell, evaluate it and write `result.json`; returns what is in it."""
     data = config.data
     images = open_images(data, data.train_split_name)
     held = open_images(data, data.validation_split_name, validation=True) if data.do_validation else None
     trainer = Trainer(config, condition, seed, folder, images, held, say)
-    trainer.run(advance)
+    trainer.run(show)
     split = config.eval_split or data.validation_split_name
     place = folder / "final_model"
     found = evaluate_folder(config, place, split, place / f"eval_results_{split}")
@@ -160,8 +161,8 @@ def run_cells(config: VaeDynamicsConfig, run: Run) -> list[Cell]:
 
 def _run_here(config: VaeDynamicsConfig, run: Run, condition: str, seed: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with run.progress.task(f"{condition}, seed {seed}: steps", config.training.max_train_steps) as advance:
-        result = train_and_evaluate(config, condition, seed, folder, run.log.info, advance)
+    with run.progress.follow(f"{condition}, seed {seed}: steps") as show:
+        result = train_and_evaluate(config, condition, seed, folder, run.log.info, show)
     run.log.info("%s", _line(condition, seed, result))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pysteer import files
 from pysteer.errors import InputError
+from pysteer.recipes.progress import Show
 from pysteer.recipes.vae.checkpoint import (
     checkpoints,
     load_optimizer,
@@ -118,8 +119,9 @@ class Trainer:
         nudge = condition == "nudge"
         main = self.accelerator.is_main_process
         self.observers = Observers(config, self.plain, self.optimizer, folder if main else None, nudge, seed)
-        self.step, self.log_rows, self.validations = 0, [], []  # type: ignore[var-annotated]
-        self.seconds = 0.0
+        self.step, self.seconds = 0, 0.0
+        self.log_rows: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def _make_judge(self) -> tuple[Any, Any]:
@@ -158,6 +160,7 @@ class Trainer:
         found = []
         for number in range(within * many, min((within + 1) * many, self.batches_per_epoch)):
             part = order[number * size * ranks : (number + 1) * size * ranks][self.accelerator.process_index :: ranks]
+            part = part if len(part) else order[:1]  # every process needs a batch
             found.append(self.images.batch(part.tolist()).to(self.accelerator.device))
         return found
 
@@ -172,10 +175,10 @@ class Trainer:
         falling = 1 - along if part.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * along))
         return part.learning_rate * max(0.0, falling)
 
-    def run(self, advance: Callable[[float], None] = lambda _: None) -> None:
-        """Train to the end, from the newest checkpoint if there is one; `advance` is told the steps done."""
+    def run(self, show: Show = lambda *_: None) -> None:
+        """Train to the end, from the newest checkpoint if there is one; `show` is told steps and total."""
         self.resume()
-        advance(self.step)
+        show(self.step, self.total)
         start = time.monotonic() - self.seconds
         trackers = self._start_trackers()
         monitor = self.observers.monitor
@@ -186,7 +189,7 @@ class Trainer:
                 self.train_step()
                 self.seconds = time.monotonic() - start
                 self._after_step(trackers)
-                advance(1)
+                show(self.step, self.total)
         finally:
             if monitor is not None:
                 monitor.detach()
