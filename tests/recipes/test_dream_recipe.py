@@ -150,8 +150,8 @@ def test_stages_one_at_a_time_and_of_another_run(tiny):
     assert not (other / "capture").exists()
     identity = Parts.open(other / "deep_dream/sae").identity
     assert identity["priors"] == Parts.open(folder / "prior/sae").content()
-    with pytest.raises(InputError, match="one, two"):
-        start(tiny, "stage=deep_dream", "deep_dream.prior_run=three", name="three")
+    with pytest.raises(InputError, match=r"nine.*one, .*two"):
+        start(tiny, "stage=deep_dream", links[1], "deep_dream.prior_run=nine", name="three")
     torch.manual_seed(1)
     SparseAutoencoder(torch.randn(20, 32), torch.zeros(20), torch.randn(20, 32), torch.zeros(32), "topk", 3,
                       meta={"site": "up.1.0"}).save_pretrained(tiny / "sae")  # fmt: skip
