@@ -9,7 +9,7 @@ from typing import Any
 
 from pysteer.errors import InputError
 from pysteer.metrics.rates import wilson
-from pysteer.sweep.rows import COMMON
+from pysteer.sweep.rows import COMMON, column_of
 from pysteer.sweep.store import MARK, Damaged, Store
 
 _NUMBERS = ("BOOLEAN", "DOUBLE", "BIGINT", "INTEGER", "FLOAT")
@@ -120,9 +120,9 @@ def results(folder: str | Path) -> Results:
     connection, damaged = open_database([folder])
     kinds = dict(connection.execute("SELECT column_name, column_type FROM (DESCRIBE cells)").fetchall())
     repeats, roles = set(mark.get("repeats", ())), dict(mark.get("score", {}))
-    fields = [name for name in mark["base"] if name in kinds and name not in repeats]
+    fields = [column_of(name) for name in mark["base"] if column_of(name) in kinds and name not in repeats]
     varying = [name for name in fields if _differs(connection, name)]
-    known = {*mark["base"], *COMMON}
+    known = {*map(column_of, mark["base"]), *COMMON}
     measured = [name for name, kind in kinds.items() if name not in known and kind in _NUMBERS]
     means = "".join(f', avg("{name}"::DOUBLE)' for name in measured)
     keys = ", ".join(f'"{name}"' for name in varying)

@@ -21,7 +21,12 @@ COMMON = {
 def column_types(setting: type) -> dict[str, str]:
     """Arrow type by column name, for the fields of a setting and the common columns; measures are inferred."""
     hints = typing.get_type_hints(setting)
-    return {**{field.name: _kind(hints[field.name]) for field in dataclasses.fields(setting)}, **COMMON}
+    return {**{column_of(field.name): _kind(hints[field.name]) for field in dataclasses.fields(setting)}, **COMMON}
+
+
+def column_of(field: str) -> str:
+    """The column of a field of a setting: its name, or `own_NAME` where a common column is called so."""
+    return f"own_{field}" if field in COMMON else field
 
 
 def _kind(hint: Any) -> str:

@@ -20,7 +20,7 @@ from pysteer import files
 from pysteer.errors import InputError, PysteerError
 from pysteer.recipes.config import build_config
 from pysteer.sweep.cells import Cell
-from pysteer.sweep.rows import column_types, table_of
+from pysteer.sweep.rows import column_of, column_types, table_of
 from pysteer.sweep.store import SCHEMA, Store, StoreFull, guarded
 from pysteer.sweep.tasks.base import Engine, Outputs, Task
 
@@ -230,7 +230,13 @@ class Worker:
             names = dict(zip(kept, self.store.put_images([outputs.images[i] for i in kept]), strict=True))
         rows = []
         for i, cell in enumerate(cells):
-            row = {**cell.config, **made, "key": cell.key, "status": "ok", "error": None}
+            row = {
+                **{column_of(name): value for name, value in cell.config.items()},
+                **made,
+                "key": cell.key,
+                "status": "ok",
+                "error": None,
+            }
             row |= {**(outputs.columns[i] if outputs.columns else {}), **measures[i]}
             row["image"] = names.get(i)
             if i in failed:

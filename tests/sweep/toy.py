@@ -57,7 +57,10 @@ class ToyEngine(Engine):
     def evaluate(self, settings: Sequence[ToySetting], outputs: Outputs) -> list[dict[str, Any]]:
         assert outputs.images is not None
         bright = outputs.images.float().mean((1, 2, 3)).tolist()
-        return [{"bright": b, "target": s.strength > 1, "damage": s.strength**2} for b, s in zip(bright, settings, strict=True)]
+        return [
+            {"bright": b, "target": s.strength > 1, "damage": s.strength**2}
+            for b, s in zip(bright, settings, strict=True)
+        ]
 
     def provenance(self) -> dict[str, Any]:
         return {"weights": "toy", "device": "cpu"}

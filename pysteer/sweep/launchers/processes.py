@@ -58,6 +58,9 @@ def _batches(pipe: Connection, worker: Worker) -> Iterator[list[Cell]]:
     while True:
         if not pipe.poll():
             worker.finish()  # nothing to do meanwhile: let the driver know what is finished
+        while not pipe.poll(0.5):
+            if not worker.alive():  # the driver was killed
+                return
         given = pipe.recv()
         if given is None:
             return
@@ -119,7 +122,8 @@ class _Pool:
         taken = {path.name.split("-")[0] for path in store.shards()}
         names = (f"w{i}" for i in range(10**9) if f"w{i}" not in taken or i < count)
         self.workers = [_Process(next(names), i % gpus if gpus else None) for i in range(count)]
-        self.context = multiprocessing.get_context("spawn")
+        # A test forks: thousands of workers would spend their time on importing torch.
+        self.context: Any = multiprocessing.get_context(os.environ.get("PYSTEER_START_METHOD", "spawn"))
 
     def run(self) -> None:
         try:

@@ -77,7 +77,8 @@ def _submit(submitit: Any, cluster: str, store: Store, count: int, launch: Launc
         raise InputError(f"launcher slurm ({error})", value=cluster, fix="use --launcher processes here") from error
     more: dict[str, Any] = {"slurm_partition": launch.partition} if launch.partition else {}
     executor.update_parameters(
-        timeout_min=launch.minutes, cpus_per_task=launch.threads or 1, name=store.folder.name, gpus_per_node=launch.gpus,
+        timeout_min=launch.minutes, cpus_per_task=launch.threads or 1, name=store.folder.name,
+        gpus_per_node=launch.gpus,
         **(more if cluster == "slurm" else {}),
     )  # fmt: skip
     folder = str(store.folder.resolve())

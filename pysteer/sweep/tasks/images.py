@@ -96,6 +96,9 @@ class ImagesTask(Task):
     repeats = ("prompt", "seed")
     batch_size = 64
 
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] = {}  # what `check` loaded, for `open` in the same process
+
     def options(self) -> dict[str, str]:
         return {"prompts": "how many captions to draw, or a file with a prompt a line"}
 
@@ -114,7 +117,7 @@ class ImagesTask(Task):
             axes.append(Axis("prompt", found))
 
     def check(self, settings: Sequence[ImageSetting]) -> None:
-        pipes: dict[str, Any] = {}
+        pipes = self.loaded
         seen: set[Any] = set()
         for s in settings:
             key = (s.model, s.pair, s.method, s.site, s.step, s.order, s.fitted)
@@ -130,7 +133,7 @@ class ImagesTask(Task):
             request_of(s, pipes[s.model], "")
 
     def open(self, setting: ImageSetting, folder: Path) -> Engine:
-        return ImagesEngine(setting, folder)
+        return ImagesEngine(setting, folder, self.loaded.pop(setting.model, None))
 
     def score(self) -> Mapping[str, str]:
         return {"target": "target", "damage": "change", "kept": "kept"}
@@ -234,9 +237,9 @@ def call_settings(setting: ImageSetting) -> dict[str, Any]:
 class ImagesEngine(Engine):
     """A loaded generator with its judge and the parameters that were fitted for it."""
 
-    def __init__(self, setting: ImageSetting, folder: Path) -> None:
+    def __init__(self, setting: ImageSetting, folder: Path, pipe: Any = None) -> None:
         self.folder, self.model_name = folder, setting.model
-        self.pipe = load_model(setting.model)
+        self.pipe = load_model(setting.model) if pipe is None else pipe
         self.device = choose_device("auto")
         if self.device.type != "cpu":
             self.pipe.to(self.device)

@@ -89,6 +89,9 @@ class TextsTask(Task):
     repeats = ("prompt", "seed")
     batch_size = 64
 
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] = {}  # what `check` loaded, for `open` in the same process
+
     def options(self) -> dict[str, str]:
         return {"prompts": "a file with a prompt a line"}
 
@@ -105,7 +108,7 @@ class TextsTask(Task):
                 axes.append(Axis("prompt", tuple(texts)))
 
     def check(self, settings: Sequence[TextSetting]) -> None:
-        models: dict[str, Any] = {}
+        models = self.loaded
         for s in settings:
             if s.model not in models:
                 models[s.model] = load_model(s.model)
@@ -114,7 +117,7 @@ class TextsTask(Task):
             request_of(s, models[s.model])
 
     def open(self, setting: TextSetting, folder: Path) -> Engine:
-        return TextsEngine(setting, folder)
+        return TextsEngine(setting, folder, self.loaded.pop(setting.model, None))
 
     def score(self) -> Mapping[str, str]:
         return {"target": "hit", "damage": "log_perplexity"}
@@ -159,8 +162,8 @@ def request_of(setting: TextSetting, lm: Any) -> FitRequest | None:
 class TextsEngine(Engine):
     """A loaded language model with the parameters that were fitted for it."""
 
-    def __init__(self, setting: TextSetting, folder: Path) -> None:
-        self.folder, self.lm = folder, load_model(setting.model)
+    def __init__(self, setting: TextSetting, folder: Path, lm: Any = None) -> None:
+        self.folder, self.lm = folder, load_model(setting.model) if lm is None else lm
         self.device = choose_device("auto")
         if self.device.type != "cpu":
             self.lm.to(self.device)

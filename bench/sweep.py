@@ -1,0 +1,196 @@
+"""A sweep against the sequential way: one setting per run, a strength as a Python number, a baseline each.
+
+    python -m bench.sweep --store            # measures and keeps the result
+    python -m bench.sweep --table            # prints what is kept
+
+64 settings x 8 prompts on the bundled Infinity: two sites, four ranges of scales, eight strengths. The sequential way
+generates the 8 unsteered images and then the 8 steered ones of every setting, steered by a forward hook in plain torch
+as the published steering code does it. It is measured on some of the settings and counted for all of them; loading,
+fitting, judging and storing are left out there. The sweep is measured as `pysteer sweep` runs it, with judging and
+storing: rows packed, then with shared prefixes, then in one process per core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bench.record import append, machine, stored
+from pysteer.recipes.config import build_config
+from pysteer.sweep import Launch, Options, SweepPlan, plan_sweep, run_sweep
+from pysteer.sweep.runs import noise_seed
+from pysteer.sweep.tasks.images import ImagesEngine, ImageSetting
+
+STRENGTHS = "linspace(0.25,2,8)"
+
+
+def words(prompts: int, model: str, share: bool) -> list[str]:
+    """The sweep."""
+    return [
+        f"model={model}", "pair=red->blue", "method=prototype:clusters=64", "site=ca,ca_block", "step=all,2-4,3-4,4",
+        f"strength={STRENGTHS}", f"prompts={prompts}", f"share={str(share).lower()}",
+    ]  # fmt: skip
+
+
+@contextmanager
+def hooked(engine: ImagesEngine, setting: ImageSetting) -> Iterator[None]:
+    """Steer as scripts do: a hook per layer, the scale from a Python number, parameters looked up in a dictionary."""
+    plan, _ = engine.plan(setting)
+    transformer, hooks = engine.pipe.transformer, []
+    now = {"step": 0}
+
+    def follow(module: Any, args: Any) -> None:
+        now["step"] = int(transformer.clock)
+
+    def make(bank: dict[int, dict[str, Tensor]], strengths: dict[int, float]) -> Any:
+        def hook(module: Any, args: Any, out: Tensor) -> Tensor:
+            step = now["step"]
+            if strengths.get(step, 0.0) == 0.0:
+                return out
+            p, half = bank[step], len(out) // 2
+            x = out[:half].float()
+            near = (x @ p["weight"].to(x.device).T + p["offset"].to(x.device)).argmax(-1)
+            out = out.clone()
+            out[:half] += strengths[step] * setting.strength * p["delta"].to(x.device)[near].to(out.dtype)
+            return out
+
+        return hook
+
+    try:
+        hooks.append(transformer.blocks[0].register_forward_pre_hook(follow))
+        for entry in plan.entries:
+            e = entry.parameters
+            assert e.steps is not None
+            bank = {step: {n: t[i] for n, t in e.tensors.items()} for i, step in enumerate(e.steps)}
+            kind, layer = e.site.rsplit(".", 1)
+            block = transformer.blocks[int(layer)]
+            target = block if kind == "ca_block" else getattr(block, kind)
+            hooks.append(target.register_forward_hook(make(bank, {s: entry.at(s)[0] for s in e.steps})))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def sequential(engine: ImagesEngine, plan: SweepPlan, count: int) -> tuple[float, int]:
+    """Seconds for `count` settings, and how many images differ from those of the sweep's own rows (must be few)."""
+    settings: dict[Any, list[ImageSetting]] = {}
+    for i in range(len(plan)):
+        s = build_config(ImageSetting, plan.cells.config(i))
+        settings.setdefault((s.site, s.step, s.strength), []).append(s)
+    chosen = list(settings.values())[:: max(1, len(settings) // count)][:count]
+    for rows in chosen:  # parameters are read before the clock runs
+        engine.plan(rows[0])
+    differ, seconds = 0, 0.0
+    for rows in chosen:
+        prompts, seeds = [s.prompt for s in rows], [noise_seed(s.prompt, s.seed) for s in rows]
+        start = time.perf_counter()
+        engine.pipe(prompts, seeds=seeds)
+        with hooked(engine, rows[0]):
+            images = engine.pipe(prompts, seeds=seeds).images.cpu()
+        seconds += time.perf_counter() - start
+        ours = engine.generate(rows).images
+        assert ours is not None
+        far = (images.int() - ours.int()).abs().amax((1, 2, 3)) > 2
+        differ += int(far.sum())
+    return seconds, differ
+
+
+def measure(model: str, prompts: int, sample: int, processes: bool) -> dict[str, Any]:
+    """Everything, in one run."""
+    found: dict[str, Any] = {"model": model, "prompts": prompts}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        plan = plan_sweep("images", words(prompts, model, True), Options())
+        first = build_config(ImageSetting, plan.cells.config(0))
+        engine = plan.task.open(first, out / "shared")
+        assert isinstance(engine, ImagesEngine)
+        engine.generate([build_config(ImageSetting, plan.cells.config(i)) for i in range(0, len(plan), prompts)][:8])
+        for name in ("packed", "processes"):  # parameters are fitted beforehand, for everybody
+            _copy(out / "shared" / "fits", out / name / "fits")
+        found["settings"] = len(plan) // prompts
+        seconds, differ = sequential(engine, plan, sample)
+        found |= {"sequential_sample": sample, "sequential_seconds": seconds * found["settings"] / sample}
+        found["images_that_differ_of"] = [differ, sample * prompts]
+        for share in (False, True):
+            found |= timed("shared" if share else "packed", out, words(prompts, model, share), Launch())
+        if processes:
+            cores = len(os.sched_getaffinity(0))
+            found |= timed("processes", out, words(prompts, model, True), Launch("processes", workers=cores))
+    return found
+
+
+def timed(name: str, out: Path, own: list[str], launch: Launch) -> dict[str, Any]:
+    """Seconds of a sweep with cells per second, in a folder that holds the fits and nothing else."""
+    fits, folder = out / name / "fits", out / f"{name}-run"
+    plan = plan_sweep("images", own, Options())
+    from pysteer.sweep.store import Store
+
+    Store(folder).create(plan.mark(own))
+    _copy(fits, folder / "fits")
+    start = time.perf_counter()
+    outcome = run_sweep(plan, folder, launch=launch)
+    seconds = time.perf_counter() - start
+    assert outcome.ran == len(plan) and not outcome.failed, outcome
+    works = [state["work"] for state in Store(folder).workers().values()]
+    work = sum(w[0] for w in works) / max(1e-9, sum(w[1] for w in works))
+    return {f"{name}_seconds": seconds, f"{name}_work": work}
+
+
+def _copy(source: Path, target: Path) -> None:
+    import shutil
+
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in lines."""
+    base = result["sequential_seconds"]
+    lines = ["| way | seconds | times faster | model work |", "|---|---|---|---|"]
+    named = {
+        "sequential": "one setting per run, hooks, a baseline each", "packed": "rows packed, no shared prefixes",
+        "shared": "rows packed, prefixes shared", "processes": "the same, a process per core",
+    }  # fmt: skip
+    for key, label in named.items():
+        if f"{key}_seconds" in result:
+            seconds, work = result[f"{key}_seconds"], result.get(f"{key}_work")
+            part = "" if work is None else f"{work:.2f} of one run per cell"
+            lines.append(f"| {label} | {seconds:.1f} | {base / seconds:.2f} | {part} |")
+    count, settings = result["sequential_sample"], result["settings"]
+    lines.append("")
+    lines.append(
+        f"{settings} settings x {result['prompts']} prompts on {result['model']}; the first row is measured on {count} "
+        f"settings; {result['images_that_differ_of'][0]} of {result['images_that_differ_of'][1]} images differ from "
+        "those of the hooks."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", action="store_true", help="keep the result")
+    parser.add_argument("--table", action="store_true", help="print the last kept result, measure nothing")
+    parser.add_argument("--model", default="infinity-shapes")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--sample", type=int, default=8, help="settings that the sequential way is measured on")
+    parser.add_argument("--processes", action="store_true", help="also in one process per core")
+    given = parser.parse_args()
+    if given.table:
+        print(table(stored("sweep")[-1]["sweep"]))
+        return
+    result = measure(given.model, given.prompts, given.sample, given.processes)
+    print(table(result))
+    if given.store:
+        print(append("sweep", {**machine(), "sweep": result}))
+
+
+if __name__ == "__main__":
+    main()
