@@ -170,7 +170,7 @@ def _run_exported(archive, program, inspector, wanted):
         inspector.live._detach()  # the program attaches a plan to the same model
         archive.extractall(folder)
         names = {}
-        with mock.patch("pysteer.models.load.load_model", lambda name: inspector.live._pipe):
+        with mock.patch("pysteer.models.load.load_model", return_value=inspector.live._pipe):
             exec(compile(program, "steer.py", "exec"), names)
     pixels = np.asarray(Image.open(BytesIO(base64.b64decode(wanted.partition(",")[2]))))
     assert (names["images"][0].numpy() == pixels).all()

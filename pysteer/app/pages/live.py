@@ -32,9 +32,10 @@ def live_page(app: Inspector, query: Query) -> dict[str, Any]:
 
 def _strength(name: str, value: str) -> float:
     try:
-        return live_module.checked(float(value), name)
+        number = float(value)
     except ValueError as error:
         raise InputError(f"strength {name}", value=value, allowed="a number") from error
+    return live_module.checked(number, name)
 
 
 def live_action(app: Inspector, action: str, given: Mapping[str, Any]) -> Any:
