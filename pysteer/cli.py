@@ -18,7 +18,7 @@ app = typer.Typer(
     name="pysteer",
     help="Steer and read the activations of image generators and language models.",
     invoke_without_command=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
@@ -33,6 +33,13 @@ def _show_version(wanted: bool) -> None:
 _UsageError: Any = typer.BadParameter.__base__
 
 
+def _recipes(incomplete: str) -> list[str]:
+    """Names of recipes for the completion of the shell; nothing is imported for them."""
+    from pysteer.recipes import recipe_modules
+
+    return sorted(name for name in recipe_modules() if name.startswith(incomplete))
+
+
 @app.callback()
 def _options(
     context: typer.Context,
@@ -44,9 +51,12 @@ def _options(
         typer.echo(context.get_help())
 
 
-@app.command()
+# Options that are not known here are flags of the recipe: --flat-vec.
+@app.command(context_settings={"ignore_unknown_options": True})
 def run(
-    name: Annotated[str | None, typer.Argument(help="The recipe; without it, the recipes are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The recipe; without it, the recipes are listed.", autocompletion=_recipes)
+    ] = None,
     words: Words = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with values.")] = None,
     infinity: Annotated[Path | None, typer.Option(help="YAML file that names the Infinity weights to use.")] = None,
@@ -55,7 +65,10 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace another run in the same folder.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the keys of the recipe with their defaults.")] = False,
 ) -> None:
-    """Run an experiment; the same command continues a run that was interrupted."""
+    """Run an experiment; the same command continues a run that was interrupted.
+
+    pysteer run methods generator=diffusion-shapes, pysteer run infinity-prototype variant=0 --name backwards
+    """
     from pysteer.recipes import execute, find_recipe, recipe_modules
 
     if name is None:
@@ -104,7 +117,10 @@ def locate(
     overwrite: Annotated[bool, typer.Option(help="Replace another run in the same folder.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the keys with their defaults.")] = False,
 ) -> None:
-    """Find the sites and steps that carry the difference between two prompts; short for `pysteer run locate`."""
+    """Find the sites and steps that carry the difference between two prompts; short for `pysteer run locate`.
+
+    pysteer locate 'pairs=red->blue'
+    """
     run("locate", words, out=out, run_name=run_name, overwrite=overwrite, keys=keys)
 
 
@@ -115,7 +131,10 @@ def grid(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name the files.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the keys with their defaults.")] = False,
 ) -> None:
-    """Write a family of setup files, one for every combination of scales, layers and strengths."""
+    """Write a family of setup files, one for every combination of scales, layers and strengths.
+
+    pysteer grid setup scales=all,3-4 strength_cond=1,2,4
+    """
     from pysteer.recipes.grid import GridConfig, write_grid
 
     if keys:
@@ -169,6 +188,10 @@ def _show_environment(found: dict[str, Any]) -> None:
 add_commands(app)
 
 
+# Packages that come with another extra than the demo's.
+_EXTRAS = {"starlette": "ui", "uvicorn": "ui", "diffusers": "diffusion", "gguf": "language", "accelerate": "language"}
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -195,7 +218,8 @@ def run_command(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "pysteer":
             raise
-        fix = "pip install 'pysteer-core[demo]'"
+        extra = _EXTRAS.get(error.name.split(".")[0], "demo")
+        fix = f"pip install 'pysteer-core[{extra}]'"
         print(f"pysteer: this command needs {error.name}, which is not installed; fix: {fix}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):

@@ -80,7 +80,7 @@ def test_help_starts_without_torch(root: Path) -> None:
         (["run", "toy", "fail=yes"], ["steps", "got 3", "something else"]),
         (["run", "toy", "--config", "nowhere.yml"], ["not found", "nowhere.yml"]),
         (["run", "toy", "--name", "../up"], ["run name", "../up"]),
-        (["run", "toy", "--nonsense"], ["--nonsense"]),
+        (["run", "toy", "--nonsense"], ["unknown key", "nonsense"]),
         (["nonsense"], ["nonsense"]),
         (["convert", "nowhere.pth", "out"], ["not found", "nowhere.pth"]),
         (["convert", "nowhere.pth", "out", "--kind", "x"], ["kind of weights", "'x'", "infinity-vae"]),

@@ -54,8 +54,9 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for word in words:
-        key, equals, value = word.partition("=")
-        parts = key.strip().lstrip("-").split(".")
+        flag = word.startswith("--") and "=" not in word  # --flat-vec is short for flat_vec=true
+        key, equals, value = (f"{word}=true" if flag else word).partition("=")
+        parts = key.strip().lstrip("-").replace("-", "_").split(".")
         if not equals or not all(parts):
             raise InputError("override", value=word, allowed="key=value", fix="write for example cfg=4")
         place = values
@@ -285,7 +286,7 @@ def config_values(config: Any) -> dict[str, Any]:
 
 
 def identity_values(config: Any) -> dict[str, Any]:
-    """The values that decide what a run computes: fields with metadata `identity` False (how, not what) are left out."""
+    """The values that decide what a run computes: without fields of metadata `identity` False (how, not what)."""
     known = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
     apart = {field.name for field in known if not field.metadata.get("identity", True)}
     return {name: value for name, value in config_values(config).items() if name not in apart}

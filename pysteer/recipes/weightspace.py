@@ -7,16 +7,19 @@ adapters, and the classifier of pictures says what that does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pysteer import files
 from pysteer.errors import InputError
+from pysteer.recipes.config import config_hash
 from pysteer.recipes.frame import Run, Summary, recipe
 from pysteer.recipes.weights.config import WeightspaceConfig
 from pysteer.recipes.weights.experiment import Experiment, LayerOutcome, best_of, table_rows
 from pysteer.recipes.weights.page import Found, write_report
 from pysteer.recipes.weights.steering import Edited, Editor, default_pairs, parse_direction
-from pysteer.weightspace.classify import Outcome
+from pysteer.weightspace.classify import Outcome, outcome_of, outcome_record
 from pysteer.weightspace.directions import Directions
 from pysteer.weightspace.loraset import LoraSet
 
@@ -30,13 +33,18 @@ def run_weightspace(config: WeightspaceConfig, run: Run) -> Summary:
     experiment = Experiment(adapters, config)
     families = config.chosen_families
     total = len(families) * len(config.models) + len(config.best_models) + 1
+    known = _mark(adapters)
     with run.progress.task("families and models", total) as advance:
-        outcomes = [each for family in families for each in experiment.family(family, config.models, advance)]
+        outcomes = []
+        for family in families:
+            outcomes += _kept(run, f"family-{family}", known, lambda f=family: experiment.family(f, config.models))
+            advance(len(config.models))
         best = best_of(outcomes)
         more = [model for model in config.best_models if model not in config.models]
-        outcomes += experiment.family(best.family, more, advance)
+        outcomes += _kept(run, f"more-{best.family}", known, lambda: experiment.family(best.family, more))
+        advance(len(config.best_models))
         best = best_of(outcomes)
-        outcomes.append(experiment.shuffled(best.family, "ridge"))
+        outcomes += _kept(run, f"shuffled-{best.family}", known, lambda: [experiment.shuffled(best.family, "ridge")])
         advance(1)
     layers: list[LayerOutcome] = []
     if config.ablation:
@@ -44,10 +52,31 @@ def run_weightspace(config: WeightspaceConfig, run: Run) -> Summary:
             layers = experiment.layers(advance)
     shared = _shared(config, run)
     edits = _edits(config, run, adapters)
-    found = Found(adapters, outcomes, best, layers, shared, edits, experiment.seconds)
+    found = Found(adapters, outcomes, best, layers, shared, edits, _seconds(run))
     run.write_parquet("metrics.parquet", table_rows([*outcomes, *shared]))
     write_report(run, config, found)
     return _summary(found)
+
+
+def _mark(adapters: LoraSet) -> str:
+    """A hash of which adapters there are: stages of a run are for these."""
+    return config_hash([(each.path, each.size, each.changed, each.label) for each in adapters.entries])
+
+
+def _kept(run: Run, name: str, known: str, measure: Callable[[], list[Outcome]]) -> list[Outcome]:
+    """The outcomes of a stage, measured or taken from an earlier start."""
+    with run.stage(name, known, quiet=True) as stage:
+        if not stage.done:
+            stage.notes["outcomes"] = [outcome_record(each) for each in measure()]
+        return [outcome_of(record) for record in stage.notes["outcomes"]]
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    """Time per family, those of an earlier start included."""
+    found = {}
+    for path in sorted((run.folder / "stages").glob("family-*.json")):
+        found[path.stem.removeprefix("family-")] = files.read_json(path, "stage marker")["seconds"]
+    return found
 
 
 def open_collection(place: str, config: WeightspaceConfig, run: Run) -> LoraSet:
@@ -91,7 +120,11 @@ def _shared(config: WeightspaceConfig, run: Run) -> list[Outcome]:
         return []
     experiment = Experiment(open_collection(config.fixed_init, config, run), config)
     with run.progress.task("shared initial factors", len(_SHOWN)) as advance:
-        return [each for family in _SHOWN for each in experiment.family(family, ("ridge",), advance)]
+        found = []
+        for family in _SHOWN:
+            found += experiment.family(family, ("ridge",))
+            advance(1)
+        return found
 
 
 def _edits(config: WeightspaceConfig, run: Run, adapters: LoraSet) -> list[Edited]:

@@ -74,6 +74,17 @@ class Outcome:
         }  # fmt: skip
 
 
+def outcome_record(outcome: Outcome) -> dict[str, Any]:
+    """Everything about an outcome as plain values, for `outcome_of`."""
+    return {**vars(outcome), "confusion": outcome.confusion.tolist()}
+
+
+def outcome_of(record: dict[str, Any]) -> Outcome:
+    """The outcome of a record."""
+    lists = {name: tuple(record[name]) for name in ("accuracies", "f1", "auc", "classes")}
+    return Outcome(**{**record, **lists, "confusion": np.array(record["confusion"], np.int64)})
+
+
 @dataclass(frozen=True)
 class Task:
     """Labels and splits that every family is measured on, a split per run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,18 +45,12 @@ class Experiment:
     def __init__(self, adapters: LoraSet, config: WeightspaceConfig) -> None:
         self.adapters, self.config = adapters, config
         self.task = Task.of(adapters.labels, adapters.groups, config.runs, config.seed)
-        self.seconds: dict[str, float] = {}
 
-    def family(self, family: str, models: Sequence[str], advance: Callable[[float], None]) -> list[Outcome]:
+    def family(self, family: str, models: Sequence[str]) -> list[Outcome]:
         """Every model on one family; its features are computed once."""
-        start = time.monotonic()
         given = features_of(self.adapters, family)
-        found = []
-        for model in models:
-            found.append(self._named(measure(given, self.task, model, keep=kept(family, self.config)), family))
-            advance(1)
-        self.seconds[family] = self.seconds.get(family, 0.0) + time.monotonic() - start
-        return found
+        keep = kept(family, self.config)
+        return [self._named(measure(given, self.task, model, keep=keep), family) for model in models]
 
     @staticmethod
     def _named(outcome: Outcome, family: str) -> Outcome:
