@@ -18,6 +18,7 @@ from pysteer.errors import InputError
 from pysteer.steering.site import brief
 
 Reconstruct = Callable[[Tensor], Tensor]
+_MOST_PLACES = 1 << 17  # of one batch
 
 
 def reconstruction(model: Any) -> Reconstruct:
@@ -183,16 +184,20 @@ class Lens:
 
 
 def _joint(x: Tensor, images: Tensor) -> tuple[Tensor, int] | None:
-    """Rows [places, C + 1 + 3 p p] of channels, a one and pixels in fp64, and p; None where there is no such map."""
+    """Rows [places, C + 1 + 3 p p] of channels, a one and pixels in fp64, and p; None where there is no such map.
+
+    Of more than `_MOST_PLACES` places of large maps, evenly spread ones are taken.
+    """
     maps = as_maps(x)
     if maps is None or len(maps) != len(images):
         return None
     patch = images.shape[-1] // maps.shape[-1] if maps.shape[-1] else 0
     if patch < 1 or maps.shape[-2] * patch != images.shape[-2] or maps.shape[-1] * patch != images.shape[-1]:
         return None
-    pixels = F.pixel_unshuffle(images, patch)
-    parts = [maps.double(), torch.ones_like(maps[:, :1], dtype=torch.float64), pixels.double()]
-    return torch.cat(parts, 1).movedim(1, -1).flatten(0, -2), patch
+    parts = [each.movedim(1, -1).flatten(0, -2) for each in (maps, F.pixel_unshuffle(images, patch))]
+    every = -(-len(parts[0]) // _MOST_PLACES)
+    channels, pixels = (part[::every].double() for part in parts)
+    return torch.cat([channels, torch.ones_like(channels[:, :1]), pixels], 1), patch
 
 
 def _solve(gram: Tensor, outputs: int, patch: int, ridge: float) -> _Decoder:
@@ -213,69 +218,88 @@ def ablation_effect(
     images: Tensor,
     layers: Layers = "norm",
     *,
+    channels: int | None = None,
     run: Reconstruct | None = None,
     replace: str = "zero",
     rows: int = 256,
 ) -> dict[str, Tensor]:
     """How much the mean squared reconstruction error rises when a channel is silenced, by point, [C] fp64.
 
+    Many channels are silenced at once, each in its own copy of the images. For layers of the decoder of an autoencoder
+    the images are encoded once.
+
     Args:
         model: the model.
         images: [N, 3, H, W] as the model takes them; a few are enough.
         layers: outputs of which layers, see `choose_points`.
+        channels: the most channels of a layer, spread evenly; the others are NaN. None takes all.
         run: how the model is run on images; None reconstructs.
         replace: "zero", or "mean": the mean of the channel over the images.
-        rows: rows of a batch; many channels are silenced at once, each in its own copy of the images.
+        rows: rows of a batch.
     """
     if replace not in ("zero", "mean"):
         raise InputError("replace", value=replace, allowed="zero, mean")
-    run = run or reconstruction(model)
     points = [point for point in choose_points(model, layers) if point.capture == "output"]
     modules = dict(model.named_modules())
     effects: dict[str, Tensor] = {}
+    whole = run or reconstruction(model)
     with _evaluating(model):
         with _seen(model, points) as seen:
-            base = (run(images) - images).double().square().mean()
+            base = (whole(images) - images).double().square().mean()
             held = {point.name: seen[point.name] for point in points if point.name in seen}
         for point in points:
-            if point.name in held:
-                effects[point.name] = _silenced(
-                    run, images, modules[point.path], point, held[point.name], replace, rows
-                )
-                effects[point.name] -= base.cpu()
+            if point.name not in held:
+                continue
+            start, rest = images, whole
+            if run is None and hasattr(model, "decode") and point.path.startswith("decoder."):
+                start, rest = _latents(model, images), _decoded(model)
+            silence = _Silence(modules[point.path], point, held[point.name], replace)
+            errors = silence.errors(rest, start, images, channels, rows)
+            effects[point.name] = errors - base.cpu()
     return effects
 
 
-def _silenced(
-    run: Reconstruct, images: Tensor, module: nn.Module, point: Point, x: Tensor, replace: str, rows: int
-) -> Tensor:
-    """The error with each channel silenced, [C]."""
-    dim = point.channel_dim if point.channel_dim is not None else 1 if x.dim() >= 4 else -1
-    dim = dim % x.dim()
-    others = [d for d in range(x.dim()) if d != dim]
-    value = x.double().mean(others) if replace == "mean" else torch.zeros(x.shape[dim], device=x.device)
-    width, together = x.shape[dim], max(1, rows // len(images))
-    errors = torch.zeros(width, dtype=torch.float64)
-    for start in range(0, width, together):
-        channels = torch.arange(start, min(width, start + together), device=x.device)
+def _latents(model: Any, images: Tensor) -> Tensor:
+    return model.encode(images).latent_dist.mode()
 
-        def change(_: nn.Module, __: Any, output: Any, channels: Tensor = channels) -> Tensor:
-            y = first_tensor(output)
-            assert y is not None
-            y = y.clone().unflatten(0, (len(channels), -1)).movedim(dim + 1, 2)
-            each = torch.arange(len(channels), device=y.device)
-            new = value[channels].to(y.dtype).view(-1, *[1] * (y.dim() - 2))
-            y[each, :, channels] = new.expand_as(y[each, :, channels])
-            return y.movedim(2, dim + 1).flatten(0, 1)
 
-        hook = module.register_forward_hook(change)
+def _decoded(model: Any) -> Reconstruct:
+    return lambda latents: model.decode(latents).sample
+
+
+class _Silence:
+    """Silences channels of one layer, each in its own share of the rows."""
+
+    def __init__(self, module: nn.Module, point: Point, x: Tensor, replace: str) -> None:
+        dim = point.channel_dim if point.channel_dim is not None else 1 if x.dim() >= 4 else -1
+        self.module, self.dim, self.width = module, dim % x.dim(), x.shape[dim]
+        others = [d for d in range(x.dim()) if d != self.dim]
+        self.value = x.double().mean(others) if replace == "mean" else torch.zeros(self.width, device=x.device)
+        self.channels = torch.empty(0, dtype=torch.int64)
+
+    def errors(self, rest: Reconstruct, start: Tensor, images: Tensor, most: int | None, rows: int) -> Tensor:
+        """The mean squared error with each channel silenced, [C]; NaN for those that are left out."""
+        count = min(self.width, most or self.width)
+        chosen = torch.arange(count, device=start.device) * self.width // count
+        errors = torch.full((self.width,), math.nan, dtype=torch.float64)
+        hook = self.module.register_forward_hook(self._change)
         try:
-            copies = images.repeat(len(channels), *[1] * (images.dim() - 1))
-            missed = (run(copies) - copies).double().square().unflatten(0, (len(channels), -1))
+            for self.channels in chosen.split(max(1, rows // len(images))):
+                copies = start.repeat(len(self.channels), *[1] * (start.dim() - 1))
+                missed = rest(copies).unflatten(0, (len(self.channels), -1)) - images
+                errors[self.channels.cpu()] = missed.double().square().flatten(1).mean(1).cpu()
         finally:
             hook.remove()
-        errors[start : start + len(channels)] = missed.flatten(1).mean(1).cpu()
-    return errors
+        return errors
+
+    def _change(self, module: nn.Module, inputs: Any, output: Any) -> Tensor:
+        y = first_tensor(output)
+        assert y is not None
+        y = y.clone().unflatten(0, (len(self.channels), -1)).movedim(self.dim + 1, 2)
+        each = torch.arange(len(self.channels), device=y.device)
+        new = self.value[self.channels].to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+        y[each, :, self.channels] = new.expand_as(y[each, :, self.channels])
+        return y.movedim(2, self.dim + 1).flatten(0, 1)
 
 
 def activation_grid(maps: Tensor, *, columns: int = 8, tile: int = 48, colormap: str = "viridis") -> Tensor:

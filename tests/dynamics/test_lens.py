@@ -66,6 +66,9 @@ def test_ablation_equals_silencing_by_hand(replace):
             changed = error()
             hook.remove()
             assert effects[channel].item() == pytest.approx(changed - plain, abs=1e-7)
+    some = ablation_effect(model, images, name, replace=replace, channels=4)[f"{name}.output"]
+    assert some.isnan().tolist() == [False, True] * 4
+    torch.testing.assert_close(some[::2], effects[::2], rtol=1e-4, atol=1e-8)
     assert abs(effects[2]) < 1e-7
     assert effects.abs().max() > 1e-6
 

@@ -224,7 +224,8 @@ class LensPart:
         colormap: of the grids.
         run_mini_decoder_projection: project through the trained decoder.
         projection_type: mini_decoder_single_channel, mini_decoder_full_map or both.
-        ablation: also measure what every channel of these layers is worth.
+        ablation: also measure what channels of these layers are worth.
+        ablation_channels: the most channels of a layer, spread evenly.
     """
 
     enabled: bool = True
@@ -238,6 +239,7 @@ class LensPart:
     run_mini_decoder_projection: bool = True
     projection_type: Literal["mini_decoder_single_channel", "mini_decoder_full_map", "both"] = "both"
     ablation: bool = True
+    ablation_channels: int = 64
 
 
 @dataclass(frozen=True)

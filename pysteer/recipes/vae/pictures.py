@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,10 +59,14 @@ def draw_lens(trainer: Trainer) -> None:
     choose_points(trainer.plain, layers)  # an unknown name is an error before anything is drawn
     with monitor.paused() if monitor is not None else torch.no_grad():
         maps = maps_of(trainer.plain, shown, layers)
-        lens = Lens.fit(trainer.plain, images, layers) if part.run_mini_decoder_projection else Lens()
-        effects = ablation_effect(trainer.plain, images[:_ABLATED_ON], layers) if part.ablation else {}
+        rows, model = trainer.config.data.validation_batch_size, trainer.plain
+        lens = Lens.fit(model, images, layers, batch=rows) if part.run_mini_decoder_projection else Lens()
+        effects: dict[str, Tensor] = {}
+        if part.ablation:
+            few, most = images[:_ABLATED_ON], part.ablation_channels
+            effects = ablation_effect(model, few, layers, channels=most, rows=rows)
     base = trainer.folder / part.visualization_output_subdir / f"step_{trainer.step}"
-    rows: list[dict[str, Any]] = []
+    explained: list[dict[str, Any]] = []
     for name, x in maps.items():
         grids = as_maps(x)
         if grids is None:
@@ -72,14 +77,15 @@ def draw_lens(trainer: Trainer) -> None:
             files.write_image(folder / f"activation_grids/sample_{i}.png", grid)
         if name in lens.decoders:
             _draw_projections(trainer, lens, name, x, folder / "logit_lens_projections")
-            rows.append({"layer": name, "explained": lens.decoders[name].explained})
-    if rows:
-        write_csv(base / "explained.csv", rows, ["layer", "explained"])
+            explained.append({"layer": name, "explained": lens.decoders[name].explained})
+    if explained:
+        write_csv(base / "explained.csv", explained, ["layer", "explained"])
     if effects:
         table = [
             {"layer": name, "channel": channel, "rise_of_mse": value}
             for name, values in effects.items()
             for channel, value in enumerate(values.tolist())
+            if not math.isnan(value)
         ]
         write_csv(base / "ablation.csv", table, ["layer", "channel", "rise_of_mse"])
 
