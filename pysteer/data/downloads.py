@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from pysteer import files
 from pysteer.errors import InputError
@@ -177,13 +178,13 @@ def _take_out(data: Dataset, path: Path, target: Path) -> None:
             ) from error
 
 
-def _copy_member(path: Path, inside: str, out: object) -> None:
+def _copy_member(path: Path, inside: str, out: IO[bytes]) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive, archive.open(inside) as stream:
-            shutil.copyfileobj(stream, out)  # type: ignore[misc]
+            shutil.copyfileobj(stream, out)
         return
-    with tarfile.open(path) as archive:
-        found = archive.extractfile(inside)
+    with tarfile.open(path) as bundle:
+        found = bundle.extractfile(inside)
         if found is None:
             raise KeyError(inside)
-        shutil.copyfileobj(found, out)  # type: ignore[misc]
+        shutil.copyfileobj(found, out)

@@ -231,7 +231,8 @@ def _styles(settings: TaskSettings) -> Task:
         if style not in known and style != "none":
             raise InputError(f"task.{what}", value=style, allowed=", ".join(known), fix=did_you_mean(style, known))
         words = known.get(style, "").replace("_", " ").strip()
-        sides.append([f"{text.rstrip('. ')}, {words}" if words else text for text in texts])
+        plain = [text.rstrip(". ") for text in texts]
+        sides.append([f"{text}, {words}" if words else text for text in plain])
     return Task("coco_styles", sides[0], sides[1], paired=True, prompts=sides[0])
 
 
