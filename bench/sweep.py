@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ from bench.record import append, machine, stored
 from pysteer.recipes.config import build_config
 from pysteer.sweep import Launch, Options, SweepPlan, plan_sweep, run_sweep
 from pysteer.sweep.runs import noise_seed
+from pysteer.sweep.store import Store
 from pysteer.sweep.tasks.images import ImagesEngine, ImageSetting
 
 STRENGTHS = "linspace(0.25,2,8)"
@@ -80,8 +83,8 @@ def hooked(engine: ImagesEngine, setting: ImageSetting) -> Iterator[None]:
             hook.remove()
 
 
-def sequential(engine: ImagesEngine, plan: SweepPlan, count: int) -> tuple[float, int]:
-    """Seconds for `count` settings, and how many images differ from those of the sweep's own rows (must be few)."""
+def sequential(engine: ImagesEngine, plan: SweepPlan, count: int) -> tuple[float, float, int]:
+    """Seconds and processor seconds for `count` settings, and how many images differ from the sweep's own rows."""
     settings: dict[Any, list[ImageSetting]] = {}
     for i in range(len(plan)):
         s = build_config(ImageSetting, plan.cells.config(i))
@@ -89,19 +92,19 @@ def sequential(engine: ImagesEngine, plan: SweepPlan, count: int) -> tuple[float
     chosen = list(settings.values())[:: max(1, len(settings) // count)][:count]
     for rows in chosen:  # parameters are read before the clock runs
         engine.plan(rows[0])
-    differ, seconds = 0, 0.0
+    differ, seconds, used = 0, 0.0, 0.0
     for rows in chosen:
         prompts, seeds = [s.prompt for s in rows], [noise_seed(s.prompt, s.seed) for s in rows]
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         engine.pipe(prompts, seeds=seeds)
         with hooked(engine, rows[0]):
             images = engine.pipe(prompts, seeds=seeds).images.cpu()
-        seconds += time.perf_counter() - start
+        seconds, used = seconds + time.perf_counter() - start, used + time.process_time() - cpu
         ours = engine.generate(rows).images
         assert ours is not None
         far = (images.int() - ours.int()).abs().amax((1, 2, 3)) > 2
         differ += int(far.sum())
-    return seconds, differ
+    return seconds, used, differ
 
 
 def measure(model: str, prompts: int, sample: int, processes: bool) -> dict[str, Any]:
@@ -117,8 +120,9 @@ def measure(model: str, prompts: int, sample: int, processes: bool) -> dict[str,
         for name in ("packed", "processes"):  # parameters are fitted beforehand, for everybody
             _copy(out / "shared" / "fits", out / name / "fits")
         found["settings"] = len(plan) // prompts
-        seconds, differ = sequential(engine, plan, sample)
-        found |= {"sequential_sample": sample, "sequential_seconds": seconds * found["settings"] / sample}
+        seconds, used, differ = sequential(engine, plan, sample)
+        times = found["settings"] / sample
+        found |= {"sequential_sample": sample, "sequential_seconds": seconds * times, "sequential_cpu": used * times}
         found["images_that_differ_of"] = [differ, sample * prompts]
         for share in (False, True):
             found |= timed("shared" if share else "packed", out, words(prompts, model, share), Launch())
@@ -132,29 +136,34 @@ def timed(name: str, out: Path, own: list[str], launch: Launch) -> dict[str, Any
     """Seconds of a sweep with cells per second, in a folder that holds the fits and nothing else."""
     fits, folder = out / name / "fits", out / f"{name}-run"
     plan = plan_sweep("images", own, Options())
-    from pysteer.sweep.store import Store
-
     Store(folder).create(plan.mark(own))
     _copy(fits, folder / "fits")
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _processor_seconds()
     outcome = run_sweep(plan, folder, launch=launch)
-    seconds = time.perf_counter() - start
-    assert outcome.ran == len(plan) and not outcome.failed, outcome
+    seconds, used = time.perf_counter() - start, _processor_seconds() - cpu
+    assert (outcome.ran, outcome.failed) == (len(plan), 0), outcome
     works = [state["work"] for state in Store(folder).workers().values()]
     work = sum(w[0] for w in works) / max(1e-9, sum(w[1] for w in works))
-    return {f"{name}_seconds": seconds, f"{name}_work": work}
+    return {f"{name}_seconds": seconds, f"{name}_cpu": used, f"{name}_work": work}
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _copy(source: Path, target: Path) -> None:
-    import shutil
-
     shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def table(result: dict[str, Any]) -> str:
     """The result in lines."""
-    base = result["sequential_seconds"]
-    lines = ["| way | seconds | times faster | model work |", "|---|---|---|---|"]
+    base, cost = result["sequential_seconds"], result["sequential_cpu"]
+    lines = [
+        "| way | seconds | times faster | processor seconds | times less | model work |",
+        "|---|---|---|---|---|---|",
+    ]
     named = {
         "sequential": "one setting per run, hooks, a baseline each", "packed": "rows packed, no shared prefixes",
         "shared": "rows packed, prefixes shared", "processes": "the same, a process per core",
@@ -163,7 +172,10 @@ def table(result: dict[str, Any]) -> str:
         if f"{key}_seconds" in result:
             seconds, work = result[f"{key}_seconds"], result.get(f"{key}_work")
             part = "" if work is None else f"{work:.2f} of one run per cell"
-            lines.append(f"| {label} | {seconds:.1f} | {base / seconds:.2f} | {part} |")
+            used = result[f"{key}_cpu"]
+            lines.append(
+                f"| {label} | {seconds:.1f} | {base / seconds:.2f} | {used:.1f} | {cost / used:.2f} | {part} |"
+            )
     count, settings = result["sequential_sample"], result["settings"]
     lines.append("")
     lines.append(

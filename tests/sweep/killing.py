@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ os.environ["PYSTEER_START_METHOD"] = "fork"
 import torch
 import toy  # noqa: F401 (the workers are forks of this process)
 
+from pysteer.errors import InputError
 from pysteer.sweep.driver import Launch, run_sweep
 from pysteer.sweep.plan import Options, plan_sweep
 from pysteer.sweep.store import Store
@@ -56,6 +58,18 @@ def run(folder: Path) -> None:
     run_sweep(plan, folder, launch=Launch("processes", workers=WORKERS, threads=1))
 
 
+def _run_when_free(folder: Path) -> None:
+    """A forked worker holds the lock of its driver, too, until it has noticed that the driver is gone."""
+    end = time.time() + 30
+    while True:
+        try:
+            return run(folder)
+        except InputError as error:
+            if "in use" not in str(error) or time.time() > end:
+                raise
+            time.sleep(0.1)
+
+
 def driver(folder: Path) -> int:
     """Fork a driver; its number."""
     number = os.fork()
@@ -64,8 +78,10 @@ def driver(folder: Path) -> int:
     code = 1
     try:
         os.setsid()
-        run(folder)
+        _run_when_free(folder)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
