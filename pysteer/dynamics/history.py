@@ -21,6 +21,7 @@ from pysteer import files
 from pysteer.capture.store import CONFIG, FORMAT, PROMPTS, ActivationStore, ShardWriter, read_parquet
 from pysteer.dynamics.window import STATS, Window, stat_name
 from pysteer.errors import InputError
+from pysteer.ops.channel_moments import ChannelMoments
 
 _SHARD_BYTES = 64 << 20
 
@@ -101,20 +102,28 @@ class History:
         if not self._index:
             return
         store = ActivationStore.open(self.folder)
-        names = list(store.config["points"])
-        rows = [store.rows(name) for name in names]
+        rows = {name: store.rows(name) for name in store.config["points"]}
+        ahead = {name: next(each, None) for name, each in rows.items()}
         for number, (step, own) in enumerate(self._index):
-            parts = [next(row) for row in rows]
-            if any(found != number for found, _ in parts):
-                raise InputError("history, window", value=number, allowed="one of every point", fix="train again")
+            parts = {}
+            for name, found in ahead.items():
+                if found is not None and found[0] == number:  # a point that had not run yet is not in the window
+                    parts[name] = found[1]
+                    ahead[name] = next(rows[name], None)
             if phase in (None, own):
-                moments = [moments for _, moments in parts]
-                yield Window(step, own, names, [each.shape[1] for each in moments], torch.cat(moments, 1), {})
+                widths = [each.shape[1] for each in parts.values()]
+                yield Window(step, own, list(parts), widths, torch.cat(list(parts.values()), 1), {})
 
     def series(self, point: str, stat: str, phase: str = "train") -> tuple[list[int], Tensor]:
         """A statistic of every channel of a point over the run: steps, and values `[T, C]` fp64."""
         stat = stat_name(stat)
-        found = [(window.step, STATS[stat](window.of(point))) for window in self.windows(phase)]
+        self.flush()
+        if self.folder is None:
+            held = [(window.step, window.phase, window.of(point)) for window in self._kept]
+        else:
+            rows = ActivationStore.open(self.folder).rows(point) if self._index else ()
+            held = [(*self._index[number], ChannelMoments.of(moments)) for number, moments in rows]
+        found = [(step, STATS[stat](moments)) for step, own, moments in held if own == phase]
         if not found:
             raise InputError("windows of phase", value=phase, allowed="a phase that ran", fix="train longer")
         return [step for step, _ in found], torch.stack([values for _, values in found])
