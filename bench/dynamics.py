@@ -7,7 +7,7 @@
     python -m bench.dynamics docs                        # writes both into docs/dynamics.md
 
 The model is an AutoencoderKL with 32, 64 and 64 channels (0.95 M parameters) on batches of 4 pictures of 32 x 32. The
-contenders take turns, so that a busy machine slows all of them alike. A step is forward, backward and AdamW; what is
+contenders take turns step by step, so that a busy machine slows all of them alike. A step is forward, backward and AdamW; what is
 counted is the processor time of the process and the wall time, and the middle of all rounds is compared.
 
 "usual way" is the way of published trackers, written from their formulas: a hook per layer that takes mean |x| per
@@ -57,8 +57,11 @@ class UsualTracker:
 
     def __init__(self, model: nn.Module) -> None:
         self.buffer: dict[str, list[Any]] = defaultdict(list)
-        modules = [(n, m) for n, m in model.named_modules() if is_kind(m, "conv") or isinstance(m, nn.GroupNorm)]
-        self.hooks = [module.register_forward_hook(self._hook(name)) for name, module in modules]
+        self.modules = [(n, m) for n, m in model.named_modules() if is_kind(m, "conv") or isinstance(m, nn.GroupNorm)]
+        self.hooks: list[Any] = []
+
+    def attach(self) -> None:
+        self.hooks = [module.register_forward_hook(self._hook(name)) for name, module in self.modules]
 
     def _hook(self, name: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -74,39 +77,31 @@ class UsualTracker:
         if step % EVERY == 0:
             self.buffer.clear()
 
-    def remove(self) -> None:
+    def detach(self) -> None:
         for hook in self.hooks:
             hook.remove()
 
 
-class _Watched:
-    """Pysteer's monitor with the same interface."""
-
-    def __init__(self, model: nn.Module, window: str) -> None:
-        self.monitor = Monitor(model, "conv+GroupNorm", every=EVERY, window=window).attach()
-
-    def step(self, step: int) -> None:
-        self.monitor.step(step)
-        if step % (50 * EVERY) == 0:
-            self.monitor.history._kept.clear()
-
-    def remove(self) -> None:
-        self.monitor.detach()
-
-
 class _Nothing:
+    def attach(self) -> None:
+        pass
+
     def step(self, step: int) -> None:
         pass
 
-    def remove(self) -> None:
+    def detach(self) -> None:
         pass
+
+
+def _monitor(window: str) -> Callable[[nn.Module], Monitor]:
+    return lambda model: Monitor(model, "conv+GroupNorm", every=EVERY, window=window)
 
 
 CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {
     "no monitor": lambda model: _Nothing(),
     "usual way, 3 statistics, every forward": UsualTracker,
-    "pysteer, 8 statistics, every forward": lambda model: _Watched(model, "all"),
-    f"pysteer, 8 statistics, every {EVERY}th step": lambda model: _Watched(model, "last"),
+    "pysteer, 8 statistics, every forward": _monitor("all"),
+    f"pysteer, 8 statistics, every {EVERY}th step": _monitor("last"),
 }
 
 
@@ -119,25 +114,28 @@ def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tens
 
 
 def monitoring(rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of a training step under every contender; each round is `EVERY` steps of each, one after another."""
+    """Milliseconds of a training step under every contender, which take turns step by step; a round is `EVERY` steps."""
     model = small_vae()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    taken: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in CONTENDERS}
+    watchers = {name: make(model) for name, make in CONTENDERS.items()}
+    names = list(watchers)
+    taken: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in names}
     for number in range(-1, rounds):
-        names = list(CONTENDERS)
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            watcher = CONTENDERS[name](model)
-            cpu, wall = time.process_time(), time.perf_counter()
-            for step in range(1, EVERY + 1):
+        sums = {name: [0.0, 0.0] for name in names}
+        for step in range(1, EVERY + 1):
+            for name in names[step % len(names) :] + names[: step % len(names)]:
+                watcher = watchers[name]
+                watcher.attach()
+                cpu, wall = time.process_time(), time.perf_counter()
                 _train_step(model, optimizer, images)
                 watcher.step(step)
-            spent = (time.process_time() - cpu, time.perf_counter() - wall)
-            watcher.remove()
-            if number >= 0:  # the first round warms up
-                for kind, seconds in zip(("cpu", "wall"), spent, strict=True):
-                    taken[name][kind].append(1e3 * seconds / EVERY)
+                sums[name][0] += time.process_time() - cpu
+                sums[name][1] += time.perf_counter() - wall
+                watcher.detach()
+        for name in names if number >= 0 else ():  # the first round warms up
+            for kind, seconds in zip(("cpu", "wall"), sums[name], strict=True):
+                taken[name][kind].append(1e3 * seconds / EVERY)
     base = taken["no monitor"]
     rows = []
     for name, kinds in taken.items():
