@@ -3,11 +3,13 @@
     python -m bench.transport sweep --prompts 4
     python -m bench.transport fits
     python -m bench.transport memory
+    python -m bench.transport concepts results/act-text-*     # keeps the figures of runs of act-text
+    python -m bench.transport table                           # prints what is stored and puts it into docs/act.md
 
 SmolLM2-135M with its real weights, one thread. The loop does what the published pipeline does: for every strength it
 reads the maps, makes new hooks, registers them at every layer norm, generates prompt after prompt, and removes them.
 Contenders take turns, strength by strength; process time is given beside wall time, because other programs on the
-machine make the latter uncertain. Figures of `concepts` are those of `act-text` runs, stored with `concepts FOLDER...`.
+machine make the latter uncertain.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 
 from bench.language import usual_hook
 from bench.memory import _held
-from bench.record import append, machine
+from bench.record import RESULTS, append, machine, stored
 from pysteer import files
 from pysteer.capture.fitted import Fitted
 from pysteer.data.concepts import concept_sentences, openings
@@ -190,26 +192,95 @@ def memory(lm: LanguageModel, texts: int, sites: int) -> list[dict[str, Any]]:
 
 
 def concepts(folders: list[str]) -> list[dict[str, Any]]:
-    """The results of `act-text` runs: what was reached per concept and method."""
+    """The results of `act-text` runs: what was reached per concept, and how each method did in the search."""
     rows = []
-    for folder in folders:
-        summary = files.read_json(Path(folder) / "summary.json", "summary of a run")
+    for folder in map(Path, folders):
+        summary = files.read_json(folder / "summary.json", "summary of a run")
+        config = files.read_json(folder / "run.json", "marker of the run folder")["config"]
         rows.append(
             {
-                "task": summary["name"],
+                "task": config["task"]["name"],
                 "best": summary["best"],
                 "headline": summary["headline"],
                 "methods": summary["tables"]["methods"],
+                "search": len(summary["tables"]["search"]),
+                "config": {name: config[name] for name in ("method", "generation", "search", "seed")},
                 "seconds": summary["seconds"],
             }
         )
     return rows
 
 
+def _rate(found: dict[str, float]) -> str:
+    return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def _concept_lines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| concept | unsteered, % | steered, % | perplexity, x unsteered | setting |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        best, before = row["headline"]["best"], row["headline"]["unsteered"]
+        ratio = (
+            f"{best['perplexity_ratio']:.2f} [{best['perplexity_ratio_low']:.2f}, {best['perplexity_ratio_high']:.2f}]"
+        )
+        setting = f"{best['method'].replace('_', ' ')}, {best['place']}, strength {best['strength']:g}"
+        lines.append(
+            f"| {row['task']} | {_rate(before['concept_rate'])} | {_rate(best['concept_rate'])} | {ratio} | {setting} |"
+        )
+    count, search = rows[0]["headline"]["best"]["concept_rate"]["n"], rows[0]["search"]
+    lines += ["", f"{count} texts each, the best of {search} settings of a search on other prompts; 95 % intervals."]
+    return lines
+
+
+def table() -> str:
+    """The newest stored result of each kind as Markdown."""
+    newest = {entry["what"]: entry for entry in stored("transport")}
+    lines: list[str] = []
+    if "concepts" in newest:
+        lines += [*_concept_lines(newest["concepts"]["result"]), ""]
+    if "sweep" in newest:
+        r = newest["sweep"]["result"]
+        lines.append(
+            f"- {r['strengths']} strengths x {r['prompts']} prompts x {r['tokens']} tokens: {r['speedup_cpu']:.1f} x "
+            f"the loop that rebuilds 60 hooks per strength, with {r['loop_batch']} prompts at a time (process time, one thread, "
+            f"{r['dtype'].removeprefix('torch.')}; {100 * r['same_text']:.0f} % of texts are equal to the loop's, "
+            f"{100 * r['same_text_at_0']:.0f} % at strength 0)."
+        )
+    if "fits" in newest:
+        r = newest["fits"]["result"]
+        lines.append(
+            f"- Incremental fit of {r['sites']} sites from {r['texts']} texts: {r['ratio']:.2f} x the fit at once "
+            f"({r['incremental']:.1f} and {r['at_once']:.1f} s of process time)."
+        )
+    if "memory" in newest:
+        lines += [
+            f"- `{r['method']}`, {r['texts']} texts at {r['sites']} sites: {(r['peak'] - r['one_batch']) / 1e6:.0f} MB "
+            f"beyond a batch ({r['promised'] / 1e6:.0f} MB by the formula)."
+            for r in newest["memory"]["result"]
+        ]
+    where = next(iter(newest.values()), None)
+    if where is not None:
+        lines += [
+            "",
+            f"Measured on {where['machine']['processor']}, torch {where['versions']['torch']}, {where['date'][:10]}.",
+        ]
+    return "\n".join(lines)
+
+
+def write_table(path: Path) -> None:
+    """Put the table between the marks of a page."""
+    begin, end = "<!-- transport: python -m bench.transport table -->\n", "<!-- /transport -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    files.write_text(path, f"{before}{begin}{table()}\n{end}{after}")
+
+
 def main() -> None:
     """Run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "fits", "memory", "concepts"))
+    parser.add_argument("what", choices=("sweep", "fits", "memory", "concepts", "table"))
     parser.add_argument("folders", nargs="*", help="run folders of act-text, for `concepts`")
     parser.add_argument("--model", default="smollm2", help="smollm2, or a folder that holds it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -223,6 +294,10 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.what == "table":
+        print(table())
+        write_table(RESULTS.parent.parent / "docs" / "act.md")
+        return
     if asked.what == "concepts":
         found: Any = concepts(asked.folders)
     else:
