@@ -7,8 +7,8 @@
     python -m bench.dynamics docs                        # writes both into docs/dynamics.md
 
 The model is an AutoencoderKL with 32, 64 and 64 channels (0.95 M parameters) on batches of 4 pictures of 32 x 32. The
-contenders take turns step by step, so that a busy machine slows all of them alike. A step is forward, backward and AdamW; what is
-counted is the processor time of the process and the wall time, and the middle of all rounds is compared.
+contenders take turns step by step, so that a busy machine slows all of them alike. A step is forward, backward and
+AdamW; what is counted is the processor time of the process and the wall time, and the middle of all rounds is compared.
 
 "usual way" is the way of published trackers, written from their formulas: a hook per layer that takes mean |x| per
 channel, mean and standard deviation of the whole tensor to NumPy in every forward pass; and for weights |w| < t per
@@ -114,7 +114,7 @@ def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tens
 
 
 def monitoring(rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of a training step under every contender, which take turns step by step; a round is `EVERY` steps."""
+    """Milliseconds of a training step under every contender, which take turns; a round is `EVERY` steps."""
     model = small_vae()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
