@@ -20,6 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYSTEER_START_METHOD"] = "fork"
 
+import faulthandler
+
 import torch
 import toy  # noqa: F401 (the workers are forks of this process)
 
@@ -77,6 +79,7 @@ def driver(folder: Path) -> int:
         return number
     code = 1
     try:
+        faulthandler.dump_traceback_later(200, exit=True)
         os.setsid()
         _run_when_free(folder)
         code = 0

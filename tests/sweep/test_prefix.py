@@ -21,7 +21,7 @@ import tiny_language
 def shift(site: str, width: int, steps: tuple[int, ...] | None, seed: int = 0) -> SiteParameters:
     generator = torch.Generator().manual_seed(seed)
     sets = 1 if steps is None else len(steps)
-    bias = torch.randn(sets, width, generator=generator)
+    bias = 0.3 * torch.randn(sets, width, generator=generator)
     return SiteParameters(site, "affine_shift", steps, {"gain": torch.ones(sets, width), "bias": bias})
 
 
@@ -93,10 +93,13 @@ def test_diffusion_rows_have_the_same_latents_shared_and_alone(scheduler):
     shared = generate(runs, rows)
     assert shared.work[0] < 0.7 * shared.work[1]
     latents = shared.state.inner.output.latents[shared.index]
+    apart = generate(runs, rows, share=False).state.inner.output.latents
     for i, row in enumerate(rows):
         with steering(runs, [row.plan] if any(e.active for e in row.plan.entries) else [Plan()]):
             alone = generator([row.prompt], seeds=[row.noise], decode=False, **settings).latents
-        torch.testing.assert_close(latents[i : i + 1], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()) * 3)
+        # A random model amplifies the rounding of a batch of another size; sharing must not add to that.
+        packed, scale = float((apart[i] - alone[0]).abs().max()), float(alone.abs().max())
+        assert float((latents[i] - alone[0]).abs().max()) <= 1e-5 * scale + 4 * packed
     assert len({round(float(latents[i].sum()), 3) for i in range(6)}) == 4
 
 
@@ -116,7 +119,7 @@ class Words:
         return [" ".join(map(str, row)) for row in ids.tolist()]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.02])
 def test_texts_are_the_same_shared_and_alone(temperature):
     lm = LanguageModel(tiny_language.build("llama"), Words())
     plan = Plan.build([shift("block.1", tiny_language.WIDTH, (0, 1), 4)])
@@ -125,7 +128,7 @@ def test_texts_are_the_same_shared_and_alone(temperature):
     runs = runs_of(lm, settings)
     rows = [
         Row(p, noise_seed(p, seed), scaled(each, s))
-        for p in ("5 9 17", "7 61 4 88 2") for each in (plan, writing) for s in (0.0, 2.0) for seed in (0, 1)
+        for p in ("5 9 17", "7 61 4 88 2") for each in (plan, writing) for s in (0.0, 6.0) for seed in (0, 1)
     ]  # fmt: skip
     shared = generate(runs, rows)
     assert max(branches(rows, runs)[0]) + 1 == 4  # two prompts, each read with and without the first plan
