@@ -244,7 +244,7 @@ def table() -> str:
         r = newest["sweep"]["result"]
         lines.append(
             f"- {r['strengths']} strengths x {r['prompts']} prompts x {r['tokens']} tokens: {r['speedup_cpu']:.1f} x "
-            f"the loop that rebuilds 60 hooks per strength, with {r['loop_batch']} prompts at a time (process time, one thread, "
+            f"a loop that rebuilds 60 hooks per strength, {r['loop_batch']} prompts at a time (process time, 1 thread, "
             f"{r['dtype'].removeprefix('torch.')}; {100 * r['same_text']:.0f} % of texts are equal to the loop's, "
             f"{100 * r['same_text_at_0']:.0f} % at strength 0)."
         )

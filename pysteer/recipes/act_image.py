@@ -48,6 +48,9 @@ def load_generator_of_images(settings: ModelSettings) -> Any:
 @recipe("act-image", ActImageConfig)
 def run_act_image(config: ActImageConfig, run: Run) -> Summary:
     """Steer an image generator towards a class or a style: fit, generate over strengths, measure."""
+    for name in ("words", "search_prompts"):
+        if getattr(config.task, name):
+            raise InputError(f"task.{name}", value=str(getattr(config.task, name)), allowed="nothing for images")
     task = load_task(config.task, config.seed)
     trackers = Trackers(config.tracking, run.folder, config)
     pipe = load_generator_of_images(config.model)

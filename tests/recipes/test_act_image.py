@@ -106,6 +106,7 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch) -> None:
     [
         (["generation.num_prompts=500"], "num_prompts"),
         (["model.sites=nothing.7"], "sites"),
+        (["task.words=red"], "task.words"),
         (["task.name=red->bleu"], "task"),
         (["method.names=protoype"], "did you mean prototype"),
         (["generation.inference_steps=4"], "inference_steps"),

@@ -89,11 +89,19 @@ def test_a_search_takes_the_best_readable_setting_for_other_prompts(place, tmp_p
     for name in METHODS:
         tried = [row for row in summary.tables["search"] if row["method"] == name]
         taken = next(row for row in summary.tables["methods"] if row["method"] == name)
-        fine = [row for row in tried if row["perplexity_ratio"] <= 1.4]
+        tops = []
+        for where in sorted({row["place"] for row in tried}):
+            there = [row for row in tried if row["place"] == where]
+            fine = [row for row in there if row["perplexity_ratio"] <= 1.4]
+            if fine:
+                tops.append(max(fine, key=lambda row: row["strength"]))
+            else:
+                tops.append(min(there, key=lambda row: row["perplexity_ratio"]))
+        fine = [row for row in tops if row["perplexity_ratio"] <= 1.4]
         if fine:
             best = max(fine, key=lambda row: (row["concept_rate"]["value"], -row["perplexity_ratio"]))
         else:
-            best = min(tried, key=lambda row: row["perplexity_ratio"])
+            best = min(tops, key=lambda row: row["perplexity_ratio"])
         assert (taken["place"], taken["strength"]) == (best["place"], best["strength"])
     searched = pq.read_table(next((folder / "generations").glob("search-prototype-*.parquet"))).to_pydict()
     assert set(searched["prompt"]) == {"w7 once", "the w9 w3"}

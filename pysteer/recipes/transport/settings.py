@@ -133,8 +133,8 @@ class TextSettings:
 class SearchSettings:
     """Search of sites and strength for every method, on prompts of its own.
 
-    The setting with the highest concept rate among those with a perplexity of at most `perplexity` times the unsteered
-    one is taken, and measured on the prompts of the report.
+    At every place the strongest setting with a perplexity of at most `perplexity` times the unsteered one stands for
+    the place; the place with the highest concept rate is taken, and measured on the prompts of the report.
 
     Attributes:
         sites: places that are tried; `block.14+block.18` steers both. Empty: no search, `model.sites` are steered.

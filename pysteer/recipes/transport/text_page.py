@@ -150,8 +150,8 @@ def write_text_report(
         count = sum(len(setting.scores) for outcome in outcomes for setting in outcome.searched)
         rule = (
             f"{count} settings were tried on {config.search.num_sentences} texts each, for prompts that the report "
-            f"does not use. Per method the one with the highest concept rate was taken among those with at most "
-            f"{config.search.perplexity:g} times the perplexity; it was then measured on the prompts of the report."
+            f"does not use. At every place the strongest one with at most {config.search.perplexity:g} times the "
+            f"perplexity stands for the place; that with the highest concept rate was measured on those of the report."
         )
         every = Details("All settings", [_search_table(outcomes)])
         sections.append(Section("search", "Search", [Paragraph(rule), every]))
