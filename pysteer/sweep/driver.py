@@ -12,7 +12,7 @@ from typing import Any
 from pysteer.errors import InputError
 from pysteer.recipes.folder import locked
 from pysteer.sweep.plan import SweepPlan
-from pysteer.sweep.store import Damaged, Store
+from pysteer.sweep.store import MARK, Damaged, Store
 from pysteer.sweep.worker import Worker
 
 Show = Callable[[float, float | None], object]
@@ -114,12 +114,14 @@ def run_sweep(
         StoreFull: results could not be written.
     """
     launch = launch or Launch()
-    plan.check()
     store = Store(folder)
+    if not store.path(MARK).is_file():
+        plan.check()  # before there is a folder
     if mark:
         store.create(plan.mark(words))
     start = time.monotonic()
     with locked(store.folder):
+        store.wait_for_workers()
         store.clean()
         damaged = store.check()
         if retry_failed:
@@ -131,6 +133,8 @@ def run_sweep(
         left = plan.left(finished)
         show(len(plan) - int(left.sum()), len(plan))
         if left.any():
+            if outcome.finished_before:
+                plan.check()
             _launch(store, plan, left, launch, show)
         if launch.launcher != "slurm" or launch.wait:
             store.merge("", least=8)

@@ -67,13 +67,10 @@ def status(folder: str | Path) -> Status:
     Raises:
         InputError: no sweep is here.
     """
-    import pyarrow.parquet as pq
-
     store, now = Store(folder), time.time()
     mark = store.mark()
     done = failed = 0
-    for path in store.shards():
-        table = pq.read_table(path, columns=["status"])
+    for table in store.read(["status"]):
         done += table.num_rows
         failed += sum(value == "failed" for value in table["status"].to_pylist())
     workers = store.workers()

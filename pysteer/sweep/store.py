@@ -17,6 +17,7 @@ steps neither loses nor doubles a row.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,8 @@ from pysteer.errors import InputError, PysteerError
 
 SCHEMA = 1
 MARK = "sweep.json"
+WORKERS_LOCK = ".workers.lock"  # held in common by the workers of a process pool
+_TRIES = 20
 _SHARD = re.compile(r"([\w.]+)-(\d{6,})-([0-9a-f]{16})\.parquet")
 _REPLACES = b"pysteer.replaces"
 _BIG = 50_000  # rows of a shard that is not merged any further
@@ -145,17 +148,45 @@ class Store:
 
     def finished(self, *, failed: bool = True) -> set[str]:
         """Keys of the cells that have a row; without `failed`, only of those that went well."""
-        import pyarrow.parquet as pq
-
         keys: set[str] = set()
-        for path in self.shards():
-            table = pq.read_table(path, columns=["key", "status"])
+        for table in self.read(["key", "status"]):
             found = table["key"].to_pylist()
             if failed:
                 keys.update(found)
             else:
                 keys.update(k for k, s in zip(found, table["status"].to_pylist(), strict=True) if s == "ok")
         return keys
+
+    def read(self, columns: Sequence[str]) -> list[Any]:
+        """The tables of all shards; read again where a worker merged some of them meanwhile."""
+        import pyarrow.parquet as pq
+
+        for attempt in range(_TRIES):
+            try:
+                return [pq.read_table(path, columns=list(columns)) for path in self.shards()]
+            except FileNotFoundError:
+                if attempt + 1 == _TRIES:
+                    raise
+                time.sleep(0.05)
+        raise AssertionError  # not reached
+
+    def wait_for_workers(self, patience: float = 60.0) -> None:
+        """Wait until the workers of an earlier driver, which was killed, have noticed and ended.
+
+        Raises:
+            InputError: they did not.
+        """
+        end = time.monotonic() + patience
+        with (self.folder / WORKERS_LOCK).open("a") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError as error:
+                    if time.monotonic() > end:
+                        where, fix = str(self.folder), "end them, or wait"
+                        raise InputError("workers of an earlier run still write", value=where, fix=fix) from error
+                    time.sleep(0.1)
 
     def write(self, writer: str, table: Any, replaces: Sequence[Path] = ()) -> Path:
         """Write a `pyarrow.Table` as a shard of `writer`.

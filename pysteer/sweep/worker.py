@@ -24,7 +24,7 @@ from pysteer.sweep.rows import column_of, column_types, table_of
 from pysteer.sweep.store import SCHEMA, Store, StoreFull, guarded
 from pysteer.sweep.tasks.base import Engine, Outputs, Task
 
-_SAME_ERROR = 3  # batches that fail altogether and alike, before the sweep gives up
+_SAME_ERROR = 48  # cells that fail alike one after the other, none having gone well, before the sweep gives up
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Worker:
             return self._halves(cells)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         self._repeated = (reason, self._repeated[1] + 1 if self._repeated[0] == reason else 1)
-        if self._repeated[1] >= _SAME_ERROR * 16 and not self.done:
+        if self._repeated[1] >= _SAME_ERROR and self.done == self.failed:
             raise PysteerError(f"every cell so far failed alike: {reason}") from error
         return [Generated(cells, Outputs(failed={0: reason}), 0.0)]
 

@@ -140,6 +140,7 @@ def main(trials: int, seed: int = 0) -> list[Trial]:
     for _ in range(trials):
         with tempfile.TemporaryDirectory() as folder:
             found.append(trial(Path(folder), rng))
+        print(found[-1], flush=True)
     return found
 
 

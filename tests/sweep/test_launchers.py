@@ -1,4 +1,4 @@
-"""Launchers run the same cells with the same results. SLURM and Ray are skipped, with the reason, where they are not."""
+"""Launchers run the same cells alike. SLURM and Ray are skipped, with the reason, where they are not."""
 
 import shutil
 import subprocess

@@ -9,24 +9,21 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
-import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from pysteer.errors import InputError, PysteerError
+from pysteer.errors import PysteerError
 from pysteer.sweep.cells import Cell
 from pysteer.sweep.driver import Launch, Show
 from pysteer.sweep.plan import SweepPlan
-from pysteer.sweep.store import Store
+from pysteer.sweep.store import WORKERS_LOCK, Store
 from pysteer.sweep.tasks.base import Outputs, find_task
 from pysteer.sweep.worker import Generated, Worker
 
-_LOCK = ".workers.lock"
-_PATIENCE = 60.0  # seconds for workers of a driver that was killed to end
+_PATIENCE = 60.0  # seconds for workers to end
 _AHEAD = 2  # batches a worker has at a time, so that it never waits for the driver
 
 
@@ -39,7 +36,7 @@ def _work(pipe: Connection, folder: str, task: str, name: str, gpu: int | None, 
     torch.set_num_threads(threads)
     parent = os.getppid()
     store = Store(folder)
-    with (store.folder / _LOCK).open("a") as lock:
+    with (store.folder / WORKERS_LOCK).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         worker = Worker(
             store, find_task(task), name, advance=lambda count: pipe.send(("rows", count)),
@@ -83,28 +80,7 @@ class _Process:
 
 def run_in_processes(store: Store, plan: SweepPlan, left: Any, launch: Launch, show: Show) -> None:
     """Run the cells that are `left`, bool by place in the order of the plan."""
-    with _nobody_left(store):
-        _Pool(store, plan, left, launch, show).run()
-
-
-@contextmanager
-def _nobody_left(store: Store) -> Iterator[None]:
-    """Wait until the workers of an earlier driver have ended."""
-    end = time.monotonic() + _PATIENCE
-    with (store.folder / _LOCK).open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > end:
-                    fix = "end them, or wait"
-                    raise InputError(
-                        "workers of an earlier run still write here", value=str(store.folder), fix=fix
-                    ) from error
-                time.sleep(0.2)
-        fcntl.flock(lock, fcntl.LOCK_UN)
-    yield
+    _Pool(store, plan, left, launch, show).run()
 
 
 class _Pool:
