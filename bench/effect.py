@@ -38,8 +38,8 @@ def bench_for(generator: str, sizes: Sizes) -> Any:
     from pysteer.models.language import LanguageModel
     from pysteer.models.load import load_model
 
-    named_language = generator == "smollm2" or isinstance(load_model(generator), LanguageModel)
-    return (TextBench if named_language else ImageBench)(generator, sizes)
+    model = load_model(generator)
+    return TextBench(model, sizes) if isinstance(model, LanguageModel) else ImageBench(generator, model, sizes)
 
 
 def measure_all(cells: list[Cell], sizes: Sizes, folder: Path, limit: float = 0.0) -> list[dict[str, Any]]:

@@ -50,6 +50,8 @@ class Prepared:
 
 def _counters() -> tuple[int, int]:
     """Graphs that were compiled and graph breaks, of this process so far."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes seconds
+        return 0, 0
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"]), sum(counters["graph_break"].values())

@@ -100,7 +100,7 @@ _SHIFT = _entries(
     ),
 )
 PARTS = {
-    "language": Part(_DECODING, ("read-128-tokens", "decode,-batch-8"), _SHIFT, layers=6, case=LANGUAGE),
+    "language": Part(_DECODING, ("decode,-batch-8",), _SHIFT, layers=2, case=LANGUAGE),
     "language-maps": Part(
         ("read-128-tokens", "decode,-batch-8"),
         ("decode,-batch-8",),
@@ -113,7 +113,7 @@ PARTS = {
                 *_both("ml-act's way, Gaussian", LANGUAGE, "norms/gaussian-act"),
             ),
         ),
-        layers=6,
+        layers=2,
         case=LANGUAGE,
     ),
     "sweep": Part(
@@ -121,7 +121,7 @@ PARTS = {
         ("sweep-of-11-strengths",),
         _eager(_SHIFT),
         base="plain hooks, eager",
-        layers=6,
+        layers=2,
         case=LANGUAGE,
     ),
     "autoencoder": Part(

@@ -14,7 +14,6 @@ from bench.steerbench.cells import Cell, Sizes, plain
 from pysteer.capture import Fitted, fit
 from pysteer.errors import InputError
 from pysteer.metrics import change_outside, frechet_distance
-from pysteer.models.load import load_model
 from pysteer.recipes.comparison.contenders import Contender, find_contenders
 from pysteer.recipes.prototype.config import PrototypeConfig
 from pysteer.recipes.prototype.judge import Judgement, ShapesJudge
@@ -108,19 +107,19 @@ class ImageBench:
     """Measures cells with one generator; unsteered images of a concept and seed are made once.
 
     Args:
-        generator: name of a bundled generator or the folder of a pipeline that draws the captions of the shapes task.
+        generator: its name; settings and batch size go by it.
+        pipe: a pipeline that draws the captions of the shapes task.
         sizes: how much is measured.
     """
 
-    def __init__(self, generator: str, sizes: Sizes) -> None:
-        self.pipe, self.sizes = load_model(generator), sizes
+    def __init__(self, generator: str, pipe: Any, sizes: Sizes) -> None:
+        self.pipe, self.sizes = pipe, sizes
         if hasattr(self.pipe, "pipe"):
             self.pipe.pipe.set_progress_bar_config(disable=True)
         config = PrototypeConfig(batch_size=_BATCH.get(generator, 32))
         self.painter = Painter(self.pipe, config, _SETTINGS.get(generator, {}))
         self.judge = ShapesJudge(load_classifier("shapes"))
         self.known: dict[tuple[str, int], dict[str, Any]] = {}
-        self.levels: dict[tuple[str, str, int, int], float] = {}
 
     def _paint(
         self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan | None = None, level: Any = 1.0

@@ -12,7 +12,7 @@ from pysteer.data.tasks import Task, TaskSettings, load_task
 from pysteer.errors import InputError
 from pysteer.metrics.concepts import mentions
 from pysteer.metrics.perplexity import Likelihood, continuation_likelihood
-from pysteer.models.load import load_model
+from pysteer.models.language import LanguageModel
 from pysteer.recipes.comparison.contenders import find_contenders
 from pysteer.recipes.transport.decoder import Request, RowDecoder, in_order
 from pysteer.recipes.transport.sampling import Sampling
@@ -33,12 +33,12 @@ class TextBench:
     """Measures cells with one language model; the first token is neither fitted nor steered.
 
     Args:
-        generator: smollm2, a folder, or a name of the hub.
+        lm: the model.
         sizes: how much is measured.
     """
 
-    def __init__(self, generator: str, sizes: Sizes) -> None:
-        self.lm, self.sizes = load_model(generator), sizes
+    def __init__(self, lm: LanguageModel, sizes: Sizes) -> None:
+        self.lm, self.sizes = lm, sizes
         sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.0)
         self.decoder = RowDecoder(self.lm, rows=48, max_new_tokens=NEW_TOKENS, sampling=sampling, skip=1)
         self.known: dict[tuple[str, int, bool], tuple[list[str], Likelihood]] = {}

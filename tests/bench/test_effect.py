@@ -7,6 +7,7 @@ import pytest
 from bench import effect
 from bench.steerbench import board, images
 from bench.steerbench.cells import QUICK, SUITE, Cell, Sizes, cells_of, plain
+from pysteer.models.load import load_model
 from pysteer.recipes.prototype.judge import Judgement
 from pysteer.zoo.shapes.captions import parse_caption
 
@@ -146,7 +147,7 @@ def test_cells_that_were_measured_are_read_again(tmp_path, monkeypatch):
 
 def test_one_real_cell_changes_the_class(tmp_path):
     sizes = Sizes(seeds=1, pairs=24, efficiency=(), search=4, prompts=8, beside=4)
-    bench = images.ImageBench("infinity-shapes", sizes)
+    bench = images.ImageBench("infinity-shapes", load_model("infinity-shapes"), sizes)
     made = bench.measure(Cell("infinity-shapes", "colour", "mean_difference@text", 24, 0))
     made |= {"seconds": 0.0}
     assert len(made["target"]) == 8
