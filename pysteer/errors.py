@@ -1,5 +1,7 @@
 """Errors that are meant for the person who gave the input."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 _MISSING: Any = object()
@@ -40,3 +42,9 @@ class InputError(PysteerError, ValueError):
         parts += [f"fix: {fix}"] if fix else []
         line = f"{what}: {'; '.join(parts)}" if parts else what
         super().__init__(" ".join(line.split()))
+
+
+def did_you_mean(given: object, allowed: Iterable[object]) -> str:
+    """The advice "did you mean X?" for the closest allowed name, or "" when none is close."""
+    close = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1)
+    return f"did you mean {close[0]}?" if close else ""

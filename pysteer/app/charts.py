@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from pysteer.app.tables import Point
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 380, 64, 16, 14, 46
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 380, 64, 16, 26, 46
 SERIES = 8  # classes s0..s7 of the style sheet
 
 
@@ -95,7 +95,8 @@ def line_chart(
     parts += _axes(across, up, x_name, y_name)
     for x, word in (marks or {}).items():
         parts.append(f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{across(x) + 4}" y="{TOP + 10}">{escape(word)}</text>')
+        edge, shift = (" end", -4) if across(x) > WIDTH - 80 else ("", 4)
+        parts.append(f'<text class="tick{edge}" x="{across(x) + shift}" y="{TOP + 10}">{escape(word)}</text>')
     if here is not None:
         parts.append(f'<line class="here" x1="{across(here)}" x2="{across(here)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for number, line in enumerate(lines):
@@ -113,7 +114,7 @@ def _axes(across: Scale, up: Scale, x_name: str, y_name: str) -> list[str]:
     parts += [f'<text class="tick middle" x="{across(v)}" y="{below}">{v:.4g}</text>' for v in across.ticks(8)]
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="name middle" x="{middle}" y="{HEIGHT - 6}">{escape(x_name)}</text>')
-    parts.append(f'<text class="name" x="4" y="{TOP - 3}">{escape(y_name)}</text>')
+    parts.append(f'<text class="name" x="4" y="{TOP - 12}">{escape(y_name)}</text>')
     return parts
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pysteer.errors import InputError
+from pysteer.errors import InputError, did_you_mean
 
 _HIDDEN = frozenset(
     ("key", "error", "image", "worker", "batch", "batch_rows", "time", "pysteer", "torch", "device", "weights",
@@ -104,8 +104,6 @@ class Table:
     def column(self, name: str) -> None:
         """Raise an InputError where there is no such column."""
         if name not in self.names:
-            from pysteer.steering.site import did_you_mean
-
             raise InputError(
                 "column", value=name, allowed=", ".join(self.names[:40]), fix=did_you_mean(name, self.names)
             )

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import pysteer
 from pysteer import files
-from pysteer.errors import InputError
+from pysteer.errors import InputError, did_you_mean
 from pysteer.recipes.config import (
     build_config,
     config_hash,
@@ -121,7 +121,8 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES and name in modules:
         importlib.import_module(modules[name])
     if name not in RECIPES:
-        raise InputError("unknown recipe", value=name, allowed=", ".join(sorted({*modules, *RECIPES})))
+        known = sorted({*modules, *RECIPES})
+        raise InputError("unknown recipe", value=name, allowed=", ".join(known), fix=did_you_mean(name, known))
     return RECIPES[name]
 
 

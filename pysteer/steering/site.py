@@ -1,11 +1,12 @@
 """A place in a model where an activation is changed or read."""
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pysteer.errors import InputError
+from pysteer.errors import InputError, did_you_mean
+
+__all__ = ["LAYOUTS", "Site", "brief", "did_you_mean"]
 
 LAYOUTS = ("tokens", "rows", "channels")
 _SHOWN = 30  # names in an error message
@@ -35,12 +36,6 @@ class Site:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise InputError(f"layout of site {self.name}", value=self.layout, allowed=", ".join(LAYOUTS))
-
-
-def did_you_mean(given: object, allowed: Iterable[object]) -> str:
-    """The advice "did you mean X" for the closest allowed name, or "" when none is close."""
-    close = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1)
-    return f"did you mean {close[0]}?" if close else ""
 
 
 def brief(names: Iterable[str]) -> str:

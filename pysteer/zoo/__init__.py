@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pysteer.errors import InputError
+from pysteer.errors import InputError, did_you_mean
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -32,7 +32,8 @@ def available() -> dict[str, list[str]]:
 def _load(kind: str, table: dict[str, tuple[str, str, str]], name: str) -> Any:
     if name not in table:
         known = ", ".join(sorted(table))
-        raise InputError(f"{kind} of the zoo", value=name, allowed=known, fix="use one of these names")
+        fix = did_you_mean(name, table) or "use one of these names"
+        raise InputError(f"{kind} of the zoo", value=name, allowed=known, fix=fix)
     folder, module, cls = table[name]
     return getattr(import_module(module), cls).from_pretrained(FOLDER / folder)
 

@@ -34,7 +34,16 @@ def page(browser, address):
     errors = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("requestfailed", lambda request: errors.append(f"{request.url}: {request.failure}"))
+    page.on(
+        "requestfailed",
+        lambda request: (
+            errors.append(f"{request.url}: {request.failure}")
+            if (
+                request.failure != "net::ERR_ABORTED"  # left for another page before it came
+            )
+            else None
+        ),
+    )
     page.on(
         "response", lambda answer: errors.append(f"{answer.url}: {answer.status}") if answer.status >= 400 else None
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pysteer.app.store import RunInfo
-from pysteer.errors import InputError
+from pysteer.errors import InputError, did_you_mean
 
 ROWS_PER_PAGE = 60
 
@@ -25,8 +25,6 @@ class Query(dict[str, str]):
         if not given:
             return default if default in allowed else (allowed[0] if allowed else "")
         if given not in allowed:
-            from pysteer.steering.site import did_you_mean
-
             shown = ", ".join(allowed[:30]) or "none"
             raise InputError(name, value=given, allowed=shown, fix=did_you_mean(given, allowed))
         return given

@@ -5,11 +5,15 @@ const pick = (selector, root = document) => root.querySelector(selector);
 const every = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 // A form of filters applies itself when a choice changes; empty fields stay out of the address.
+let leaving = false; // Enter in a field both changes and submits
 function apply(form) {
+  if (leaving) return;
+  leaving = true;
   const query = new URLSearchParams();
   for (const [name, value] of new FormData(form)) if (value !== "") query.append(name, value);
   location.assign(`${form.getAttribute("action")}?${query}`);
 }
+addEventListener("pageshow", () => { leaving = false; });
 for (const form of every("form[data-auto]")) {
   form.addEventListener("submit", (event) => { event.preventDefault(); apply(form); });
   form.addEventListener("change", (event) => {
