@@ -15,6 +15,7 @@ from pysteer import files
 from pysteer.errors import InputError
 from pysteer.recipes.config import config_hash
 from pysteer.recipes.frame import Run, Summary, recipe
+from pysteer.recipes.weights.bridge import Bridge, compare, planned
 from pysteer.recipes.weights.config import WeightspaceConfig
 from pysteer.recipes.weights.experiment import Experiment, LayerOutcome, best_of, table_rows
 from pysteer.recipes.weights.page import Found, write_report
@@ -51,8 +52,8 @@ def run_weightspace(config: WeightspaceConfig, run: Run) -> Summary:
         with run.progress.task("layers", len(adapters.layers) + config.ablation) as advance:
             layers = experiment.layers(advance)
     shared = _shared(config, run)
-    edits = _edits(config, run, adapters)
-    found = Found(adapters, outcomes, best, layers, shared, edits, _seconds(run))
+    edits, bridges = _edits(config, run, adapters)
+    found = Found(adapters, outcomes, best, layers, shared, edits, bridges, _seconds(run))
     run.write_parquet("metrics.parquet", table_rows([*outcomes, *shared]))
     write_report(run, config, found)
     return _summary(found)
@@ -127,9 +128,9 @@ def _shared(config: WeightspaceConfig, run: Run) -> list[Outcome]:
         return found
 
 
-def _edits(config: WeightspaceConfig, run: Run, adapters: LoraSet) -> list[Edited]:
+def _edits(config: WeightspaceConfig, run: Run, adapters: LoraSet) -> tuple[list[Edited], list[Bridge]]:
     if not config.generator:
-        return []
+        return [], []
     from pysteer.models.load import load_model
 
     pairs = list(config.directions) or default_pairs(adapters.labels)
@@ -140,8 +141,10 @@ def _edits(config: WeightspaceConfig, run: Run, adapters: LoraSet) -> list[Edite
         raise InputError("generator", value=config.generator, allowed="a pipeline of diffusers")
     generator.pipe.set_progress_bar_config(disable=True)
     editor = Editor(generator, Directions(adapters), config)
-    with run.progress.task("pictures", editor.planned(len(pairs))) as advance:
-        return [each for text in pairs for each in editor.all_of(text, advance)]
+    with run.progress.task("pictures", editor.planned(len(pairs)) + len(pairs) * planned(config)) as advance:
+        edits = [each for text in pairs for each in editor.all_of(text, advance)]
+        bridges = [compare(editor, text, advance) for text in pairs]
+    return edits, [each for each in bridges if each is not None]
 
 
 def _summary(found: Found) -> Summary:
@@ -158,6 +161,7 @@ def _summary(found: Found) -> Summary:
         for each in found.layers
     ]  # fmt: skip
     tables = {"families": table_rows(found.outcomes), "fixed_init": table_rows(found.shared), "layers": layers,
-              "edits": [row for each in found.edits for row in each.rows()]}  # fmt: skip
+              "edits": [row for each in found.edits for row in each.rows()],
+              "bridges": [row for each in found.bridges for row in each.rows()]}  # fmt: skip
     picked = {name: best[name] for name in ("family", "model", "accuracy", "low", "high")}
     return Summary(best={**picked, "shuffled": control["accuracy"]}, headline=headline, tables=tables)

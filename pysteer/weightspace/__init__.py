@@ -9,7 +9,8 @@ _PLACES = {
     "Pca": "components", "pca": "components", "canonical_set": "canonical", "delta_gram": "canonical",
     "nearest": "canonical", "similarity": "canonical", "Directions": "directions", "Direction": "directions",
     "negate": "directions", "attached": "attaching", "layer_inputs": "attaching", "predicted_shifts": "attaching",
-    "plan_of": "attaching", "Task": "classify", "measure": "classify", "Outcome": "classify",
+    "plan_of": "attaching", "shift_cosines": "attaching", "Task": "classify", "measure": "classify",
+    "Outcome": "classify",
     "invert": "inversion", "Inversion": "inversion",
 }  # fmt: skip
 

@@ -129,3 +129,26 @@ def plan_of(shifts: Mapping[str, Tensor]) -> Plan:
         for layer, shift in shifts.items()
     ]  # fmt: skip
     return Plan.build(sites)
+
+
+def shift_cosines(shifts: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """Cosines fp32 `[S]` between predicted shifts and the shifts of an activation-steering plan at the same layers.
+
+    Args:
+        shifts: fp32 `[S, out]` by layer, of `predicted_shifts`.
+        plan: of a method that adds a vector per step, such as `MeanDifference` fitted at the same sites.
+
+    Raises:
+        InputError: the plan has none of the layers, or other numbers of steps.
+    """
+    found = {}
+    for parameters in plan.parameters:
+        layer = f"unet.{parameters.site}"
+        if layer in shifts and "bias" in parameters.tensors:
+            own, other = shifts[layer], parameters.tensors["bias"].float()
+            if other.shape[0] not in (1, own.shape[0]):
+                raise InputError(f"steps of the plan at {layer}", value=len(other), allowed=str(len(own)))
+            found[layer] = torch.nn.functional.cosine_similarity(own, other.expand_as(own), dim=1)
+    if not found:
+        raise InputError("sites of the plan", value=len(plan.parameters), allowed="layers of the adapter")
+    return found

@@ -11,6 +11,7 @@ from pysteer.metrics import Rate
 from pysteer.recipes.config import config_values
 from pysteer.recipes.frame import Run
 from pysteer.recipes.prototype.page import interval, percent, versions
+from pysteer.recipes.weights.bridge import Bridge
 from pysteer.recipes.weights.config import WeightspaceConfig
 from pysteer.recipes.weights.experiment import LayerOutcome
 from pysteer.recipes.weights.figures import draw_bars, draw_map, positions
@@ -49,6 +50,7 @@ class Found:
         layers: what each layer knows, best first.
         shared: outcomes on the collection with shared initial factors.
         edits: directions and what they do to pictures.
+        bridges: the same directions in weights and in activations.
         seconds: time per family.
     """
 
@@ -58,6 +60,7 @@ class Found:
     layers: Sequence[LayerOutcome]
     shared: Sequence[Outcome]
     edits: Sequence[Edited]
+    bridges: Sequence[Bridge]
     seconds: dict[str, float]
 
 
@@ -201,7 +204,29 @@ def _edits(run: Run, found: Found) -> Section:
         "at t = 1 they are moved by the difference of the class means. The random direction is as long as that "
         "difference."
     )
+    blocks += _bridges(found)
     return Section("edits", "Steering in weight space", [Paragraph(text), *blocks])
+
+
+def _bridges(found: Found) -> list[Block]:
+    """Weights and activations side by side."""
+    blocks: list[Block] = []
+    for each in found.bridges:
+        rows = [[what, f"{strength:g}", interval(r)] for what, strength, r in each.rates]
+        total = each.rates[0][2].total
+        caption = (
+            f"{each.pair} on the generator itself, {total} pictures per row of the empty prompt: the direction as a "
+            "change of weights, as the mean shift dW h that it predicts at every layer and step, and the shift fitted "
+            "on activations of captions that differ in the class word, at the same layers."
+        )
+        blocks.append(Table(caption, ["what is changed", "strength", "shows the target, %"], rows))
+        best = sorted(each.cosines.items(), key=lambda item: -abs(item[1]))[:8]
+        cosines = [[layer.removeprefix("unet."), f"{value:+.3f}"] for layer, value in best]
+        mean = sum(each.cosines.values()) / len(each.cosines)
+        table = Table(f"Cosine between predicted and fitted shift, mean over steps; over all layers {mean:+.3f}.",
+                      ["layer", "cosine"], cosines)  # fmt: skip
+        blocks.append(Details(f"Cosines by layer, {each.pair}", [table]))
+    return blocks
 
 
 def e_source(own: Sequence[Edited]) -> str:
