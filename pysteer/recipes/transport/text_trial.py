@@ -310,7 +310,9 @@ class TextTrial:
             place, strengths = setting.place, [top.strength]
         plan = self.fitted(name, place).plan()
         asked = self.writer.requests(self.task.prompts, strengths, self.config.generation.num_sentences)
-        texts = self.writer.write(f"report-{name}", asked, plan, advance)
+        # The setting is part of the name: what a search takes is not told by the configuration alone.
+        key = f"report-{name}-{config_hash(place.sites, strengths)[:8]}"
+        texts = self.writer.write(key, asked, plan, advance)
         found = scores(texts, baseline, self.task.words)
         best = best_of(found, self.config.evaluation.perplexity_bar)
         return Outcome(name, searched, place, texts, found, best)
