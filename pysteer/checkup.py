@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -133,7 +134,7 @@ def _steering() -> Iterator[Check]:
     """Steer a linear layer and compare with the formula: whether what is installed works together."""
     import torch
 
-    from pysteer.ops import affine_shift
+    from pysteer.ops.affine_shift import affine_shift
 
     x = torch.randn(2, 3, 8)
     tensors = (torch.ones(1, 8), torch.full((1, 8), 0.5))

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pysteer import files
-from pysteer.app.tables import Table, flat_rows
+from pysteer.app.tables import Table
 from pysteer.errors import InputError
+from pysteer.recipes.flat import flat_rows
 
 SERVED = frozenset((".png", ".jpg", ".jpeg", ".webp", ".svg", ".csv", ".json", ".txt", ".yaml", ".html"))
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp"))

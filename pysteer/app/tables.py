@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,23 +18,6 @@ _HIDDEN = frozenset(
      "prompt_hash", "parameters", "schema", "noise", "seconds", "text")
 )  # fmt: skip
 _MOST_VALUES = 2000  # different values of a column that can be an axis
-
-
-def flat_rows(rows: Any) -> list[dict[str, Any]]:
-    """Rows of a summary: `{value, low, high}` becomes three columns, other nested values become JSON."""
-    flat: list[dict[str, Any]] = []
-    for row in rows if isinstance(rows, list) else []:
-        out: dict[str, Any] = {}
-        for name, value in (row if isinstance(row, dict) else {"value": row}).items():
-            if isinstance(value, dict) and "value" in value:
-                out[name] = value["value"]
-                out |= {f"{name}_{end}": value[end] for end in ("low", "high") if end in value}
-            elif isinstance(value, (dict, list)):
-                out[name] = json.dumps(value, ensure_ascii=False)
-            else:
-                out[name] = value
-        flat.append(out)
-    return flat
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from pysteer.recipes.config import (
     parse_words,
     read_values,
 )
+from pysteer.recipes.flat import csv_text, flat_rows
 from pysteer.recipes.folder import claim_folder, has_results, locked, marked
 from pysteer.recipes.log import close_log, open_log
 from pysteer.recipes.progress import Progress, clock_text
@@ -329,5 +330,8 @@ def _run_and_log(found: Recipe, run: Run) -> Summary:
     seconds = round(time.monotonic() - run.started, 3)
     head = {"recipe": run.recipe, "name": run.folder.name, "pysteer": pysteer.__version__, "config_hash": run.hash}
     run.write_json("summary.json", {**head, **config_values(summary), "seconds": seconds})
+    for name, rows in summary.tables.items():
+        if rows:
+            run.write_text(f"tables/{name}.csv", csv_text(flat_rows(files.plain(rows))))
     run.log.info("finished in %s", clock_text(seconds))
     return summary

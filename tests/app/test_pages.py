@@ -123,7 +123,7 @@ def test_other_hosts_and_other_pages_are_refused(address):
 
 
 def test_tables_opened_as_spreadsheets_run_no_formulas():
-    from pysteer.app.pages.rows import harmless
+    from pysteer.recipes.flat import harmless
 
     assert [harmless(v) for v in ("=1+1", "fine", -2.0, "@x")] == ["'=1+1", "fine", -2.0, "'@x"]
 

@@ -187,6 +187,7 @@ def test_run_folder_and_resume(calls: list[str], tmp_path: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["recipe"] == summary["name"] == "toy"
     assert summary["tables"] == {"t": [{"x": 1}]}
+    assert (folder / "tables" / "t.csv").read_text() == "x\n1\n"
     assert "seed: 5" in (folder / "config.yaml").read_text()
     assert "second: finished" in (folder / "log.txt").read_text()
     assert go(tmp_path, "seed=5") == folder

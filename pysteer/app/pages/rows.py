@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ from pysteer.app.pages.query import ROWS_PER_PAGE, Query
 from pysteer.app.store import NotFound, RunInfo
 from pysteer.app.tables import Table, text_of
 from pysteer.errors import InputError
+from pysteer.recipes.flat import csv_text
 
 if TYPE_CHECKING:
     from pysteer.app.server import Inspector
@@ -68,15 +67,6 @@ def rows_page(app: Inspector, query: Query) -> dict[str, Any]:
 
 
 def rows_csv(app: Inspector, query: Query) -> str:
-    """All chosen rows as CSV; texts that a spreadsheet would run as a formula get a quote in front."""
+    """All chosen rows as CSV."""
     _, _, _, table = table_of(app, query)
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(table.names)
-    for row in table.take(table.chosen(query.filters, query.text("q"))):
-        writer.writerow([harmless(row[name]) for name in table.names])
-    return out.getvalue()
-
-
-def harmless(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value[:1] else value
+    return csv_text(table.take(table.chosen(query.filters, query.text("q"))), table.names)

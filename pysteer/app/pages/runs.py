@@ -37,8 +37,8 @@ def runs_page(app: Inspector, query: Query) -> dict[str, Any]:
     number = query.whole("page", 1, 1, last)
     return {
         "title": "Runs", "found": found[(number - 1) * RUNS_PER_PAGE : number * RUNS_PER_PAGE], "count": len(found),
-        "total": len(every), "recipes": sorted({run.recipe for run in every if run.recipe}), "query": query, "number": number,
-        "last": last, "best": {run.id: brief(run.best) for run in found},
+        "total": len(every), "recipes": sorted({run.recipe for run in every if run.recipe}), "query": query,
+        "number": number, "last": last, "best": {run.id: brief(run.best) for run in found},
     }  # fmt: skip
 
 
