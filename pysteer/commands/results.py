@@ -51,6 +51,7 @@ def results_command(
     name: Annotated[str | None, typer.Argument(help="The sweep; the last one without it.")] = None,
     out: Out = Path("results"),
     top: Annotated[int, typer.Option(help="How many settings to show; 0 for all.")] = 20,
+    report: Annotated[bool, typer.Option("--report", help="Write report.html into the folder of the sweep.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the settings of a sweep, best first, with the Pareto front of target and damage."""
@@ -58,7 +59,8 @@ def results_command(
 
     from pysteer.sweep.query import results
 
-    found = results(_folder(name, out))
+    folder = _folder(name, out)
+    found = results(folder)
     for each in found.damaged:
         typer.echo(f"set aside: {each.name}, {each.reason}; run the sweep again", err=True)
     if as_json:
@@ -70,6 +72,10 @@ def results_command(
         typer.echo("* on the Pareto front: no other setting has a higher target and less damage")
     if len(shown) < len(found.rows):
         typer.echo(f"{len(found.rows) - len(shown)} more settings: --top 0")
+    if report:
+        from pysteer.sweep.page import write_page
+
+        typer.echo(f"report: {write_page(folder)}")
 
 
 def _names(rows: list[Any]) -> list[str]:

@@ -105,13 +105,26 @@ def keys_of(folder: Path) -> Counter[str]:
     return found
 
 
+def batches_in(log: Path) -> int:
+    """How many batches have been begun."""
+    return log.read_text().count("\n") if log.is_file() else 0
+
+
+def ended(number: int) -> bool:
+    """Whether a child has ended; it can still be waited for."""
+    return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def trial(folder: Path, rng: random.Random) -> Trial:
     """One sweep that is killed once and started again."""
     log = folder / "generated.log"
     os.environ["TOY_LOG"] = str(log)
     store = folder / "store"
     first, who = driver(store), rng.choice(["driver", "worker"])
-    time.sleep(rng.uniform(0.02, 0.35))
+    strike, end = rng.randint(0, 20), time.time() + 120
+    while batches_in(log) < strike and time.time() < end and not ended(first):
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.03))
     victims = children(first) if who == "worker" else [first]
     who = who if victims else "driver"
     before: Counter[str] = Counter()

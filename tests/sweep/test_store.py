@@ -139,3 +139,14 @@ def test_rows_have_the_types_of_their_fields_and_answer_questions(tmp_path):
     assert table.rows[0].interval[0] < 1
     _, found, _ = query("select pysteer, weights, schema, device from cells limit 1", [tmp_path / "one"])
     assert found[0][1:] == ("toy", 1, "cpu")
+
+
+def test_the_page_shows_settings_front_and_images(tmp_path):
+    from pysteer.sweep.page import write_page
+
+    run_sweep(plan_sweep(TOY, WORDS), tmp_path / "s", words=WORDS)
+    page = write_page(tmp_path / "s").read_text(encoding="utf-8")
+    assert "40 of 40 cells in 5 settings" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "strength 1.5" in page
+    assert "pysteer sweep toy:ToyTask strength=linspace(0,2,5)" in page

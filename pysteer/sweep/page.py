@@ -1,0 +1,137 @@
+"""The report page of a sweep: target against damage, the settings, images of the best ones, where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pysteer import files
+from pysteer.report import Facts, Figure, Paragraph, Report, Section, Table, labelled_rows, png, render
+from pysteer.report import Row as SheetRow
+from pysteer.report.report import Block
+from pysteer.sweep.query import Results, SettingRow, query, results
+from pysteer.sweep.status import Status, status
+from pysteer.sweep.store import Store
+
+_SHOWN = 40  # settings in the table
+_ABREAST = 8  # images of a setting
+
+
+def write_page(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a sweep; returns its path.
+
+    Raises:
+        InputError: no sweep here, or no results yet.
+    """
+    folder = Path(folder)
+    found, state = results(folder), status(folder)
+    sections = [Section("settings", "Settings", [_table(found.rows[:_SHOWN])])]
+    front = found.front
+    if front:
+        sections.insert(0, Section("front", "Target against damage", _front(found)))
+    sheet = _sheet(folder, (front or found.rows)[:4])
+    if sheet:
+        sections.append(Section("images", "Images", sheet))
+    sections.append(Section("run", "Where it comes from", _origin(folder, state)))
+    lead = f"{state.done} of {state.cells} cells in {len(found.rows)} settings"
+    best = found.rows[0] if found.rows and found.rows[0].target is not None else None
+    lead += "." if best is None else f"; the highest target is {best.target:.3f}, with {name_of(best)}."
+    page = Report(f"Sweep {state.name}", lead, sections, footer=f"pysteer results {state.name} --report")
+    return files.write_text(folder / "report.html", render(page))
+
+
+def name_of(row: SettingRow) -> str:
+    """A setting in words."""
+    parts = [f"{k} {_number(v)}" for k, v in row.setting.items() if v not in (None, "")]
+    return ", ".join(parts) or "the only setting"
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: Sequence[SettingRow]) -> Table:
+    measures = list(dict.fromkeys(name for row in rows for name in row.measures))
+    fields = list(rows[0].setting) if rows else []
+    lines = []
+    for row in rows:
+        interval = "" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}"
+        own = [_number(row.setting[name]) for name in fields]
+        lines.append(
+            [
+                name_of(row),
+                *own,
+                str(row.count),
+                str(row.failed),
+                interval,
+                *(_number(row.measures.get(m)) for m in measures),
+            ]
+        )
+    strong = [i for i, row in enumerate(rows) if row.best]
+    columns = ["setting", *fields, "cells", "failed", "target, 95 %", *measures]
+    return Table("Best first; stressed ones are on the Pareto front.", columns, lines, strong=strong)
+
+
+def _front(found: Results) -> list[Block]:
+    import io
+
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
+    axes = canvas.subplots()
+    scored = [row for row in found.rows if row.target is not None and row.damage is not None]
+    axes.scatter([r.damage for r in scored], [r.target for r in scored], s=18, color="#a7b0ba", label="settings")
+    front = found.front
+    axes.plot([r.damage for r in front], [r.target for r in front], "o-", color="#1f6fcf", label="Pareto front")
+    axes.set_xlabel(found.roles.get("damage", "damage"))
+    axes.set_ylabel(found.roles.get("target", "target"))
+    axes.legend()
+    stream = io.BytesIO()
+    canvas.savefig(stream, format="png", dpi=150)
+    alt = f"Target against damage of {len(scored)} settings; {len(front)} of them are on the Pareto front."
+    return [Figure(stream.getvalue(), alt), Table("The front, by rising damage.", ["setting", "target", "damage"], [
+        [name_of(row), _number(row.target), _number(row.damage)] for row in front
+    ])]  # fmt: skip
+
+
+def _sheet(folder: Path, rows: Sequence[SettingRow]) -> list[Block]:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    lines = []
+    for row in rows:
+        conditions = [f'"{k}" IS NOT DISTINCT FROM {_literal(v)}' for k, v in row.setting.items()]
+        where = " AND ".join(["status = 'ok'", *conditions])
+        columns, cells, _ = query(f"SELECT * FROM cells WHERE {where} ORDER BY key LIMIT {_ABREAST}", [folder])
+        if "image" not in columns:
+            return []
+        place = columns.index("image")
+        paths = [Store(folder).image_path(cell[place]) for cell in cells if cell[place]]
+        if paths:
+            images = np.stack([np.array(Image.open(path).convert("RGB")) for path in paths])
+            lines.append(SheetRow(name_of(row), torch.from_numpy(images)))
+    if not lines:
+        return []
+    alt = "Images of the best settings, a row each: " + "; ".join(line.label for line in lines)
+    return [Figure(png(labelled_rows(lines)), alt)]
+
+
+def _literal(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, (bool, int, float)):
+        return str(value)
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _origin(folder: Path, state: Status) -> list[Block]:
+    mark = Store(folder).mark()
+    facts = [
+        ("cells", f"{state.done}/{state.cells}", f"{state.failed} failed"),
+        ("task", state.task, f"pysteer {mark['pysteer']}"),
+    ]
+    blocks: list[Block] = [Facts(facts), Paragraph("pysteer sweep " + " ".join([state.task, *mark["words"]]))]
+    blocks += [Paragraph(f"set aside: {name}") for name in state.damaged]
+    return blocks
