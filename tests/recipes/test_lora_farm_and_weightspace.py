@@ -10,7 +10,7 @@ from pysteer.errors import InputError
 from pysteer.recipes import execute
 from pysteer.recipes.weights.config import WeightspaceConfig
 
-CONCEPTS = "shape=square,colour=red,background=black"
+CONCEPTS = "shape=square,colour=red,colour=blue"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_weightspace(farm, tmp_path):
     _, _, collection, _ = farm
     words = [f"dataset={collection / 'collection'}", "families=output,flat,stats,pca", "models=ridge",
              "best_models=linear", "components=3", "runs=2", "ablation=2", "generator=diffusion-shapes",
-             "directions=shape=square->colour=red", "strengths=0,1", "edit_adapters=2", "edit_images=1"]  # fmt: skip
+             "directions=colour=red->colour=blue", "strengths=0,1", "edit_adapters=2", "edit_images=1"]  # fmt: skip
     folder, summary = execute("weightspace", words, out=tmp_path)
     rows = summary.tables["families"]
     assert {row["family"] for row in rows} == {"output", "flat", "stats", "pca"}
@@ -60,6 +60,9 @@ def test_weightspace(farm, tmp_path):
     assert len(summary.tables["layers"]) == 28
     assert sum(row["without_it_and_better"] is not None for row in summary.tables["layers"]) == 2
     assert {row["direction"] for row in summary.tables["edits"]} == {"mean difference", "probe", "random, same length"}
+    bridges = summary.tables["bridges"]
+    assert len({row["what"] for row in bridges}) == 4
+    assert -1 <= bridges[0]["mean_cosine"] <= 1
     page = (folder / "report.html").read_text()
     for part in ("Confusion", "Map of all adapters", "Which layers know", "Steering in weight space"):
         assert part in page
