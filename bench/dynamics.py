@@ -217,9 +217,8 @@ def store(folder: Path) -> Path:
         raise InputError("run to keep", value=str(folder), allowed="a run of vae-dynamics")
     first = next(iter(sorted(folder.glob("**/result.json"))))
     about = {key: read_json(first)[key] for key in ("images", "steps", "parameters")}
-    seconds = read_json(folder / "stages/train.json")["seconds"]
     headline = summary["headline"]
-    kept = {"name": folder.name, "about": about, "seconds": seconds, "headline": headline, **machine()}
+    kept = {"name": folder.name, "about": about, "headline": headline, **machine()}
     return append("vae-dynamics", kept)
 
 
@@ -245,8 +244,7 @@ def runs_table() -> str:
         notes.append(
             f"{name}: {about['images']}, {found['mse']['pairs']} seeds, {about['steps']} steps, {about['parameters']} "
             f"parameters; of {planted[1]['planted_total']:.0f} planted channels {planted[1]['planted_found']:.0f} were "
-            f"found, {counts} (mean of the seeds); {result['seconds']:.0f} s on {where['processor']}, "
-            f"{result['date'][:10]}."
+            f"found, {counts} (mean of the seeds); {where['processor']}, {result['date'][:10]}."
         )
     return "\n".join([*lines, "", *notes])
 
