@@ -222,7 +222,13 @@ class TextTrial:
             return config.generation.num_sentences * (1 + methods * len(self._steered_strengths()))
         tried = sum(len(self.strengths(name)) for name in self.methods) * len(self.places)
         reported = 1 if config.search.report == "best" else methods
-        return config.search.num_sentences * (1 + tried) + config.generation.num_sentences * (1 + reported)
+        searched = config.search.num_sentences * tried + self._baseline_texts
+        return searched + config.generation.num_sentences * (1 + reported)
+
+    @property
+    def _baseline_texts(self) -> int:
+        """Unsteered texts of the search: every ratio is held against them, so there are as many as a place has."""
+        return self.config.search.num_sentences * max(len(self.strengths(name)) for name in self.methods)
 
     def _steered_strengths(self) -> list[float]:
         return [strength for strength in self.config.strengths.all() if strength != 0]
@@ -258,9 +264,9 @@ class TextTrial:
 
     def unsteered(self, use: str, advance: Advance) -> Texts:
         """The model's own texts for the prompts of the "search" or of the "report"."""
-        count = self.config.search.num_sentences if use == "search" else self.config.generation.num_sentences
+        count = self._baseline_texts if use == "search" else self.config.generation.num_sentences
         prompts = self.task.search_prompts if use == "search" else self.task.prompts
-        return self.writer.unsteered(f"unsteered-{use}", self.writer.requests(prompts, [0.0], count), advance)
+        return self.writer.unsteered(f"unsteered-{use}-{count}", self.writer.requests(prompts, [0.0], count), advance)
 
     def search(self, name: str, baseline: Texts, advance: Advance) -> list[Setting]:
         """Every place and strength of a method, on the prompts of the search."""
