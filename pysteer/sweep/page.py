@@ -80,10 +80,10 @@ def _front(found: Results) -> list[Block]:
 
     canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
     axes = canvas.subplots()
-    scored = [row for row in found.rows if row.target is not None and row.damage is not None]
-    axes.scatter([r.damage for r in scored], [r.target for r in scored], s=18, color="#a7b0ba", label="settings")
-    front = found.front
-    axes.plot([r.damage for r in front], [r.target for r in front], "o-", color="#1f6fcf", label="Pareto front")
+    scored, front = _points(found.rows), found.front
+    axes.scatter([x for x, _ in scored], [y for _, y in scored], s=18, color="#a7b0ba", label="settings")
+    line = _points(front)
+    axes.plot([x for x, _ in line], [y for _, y in line], "o-", color="#1f6fcf", label="Pareto front")
     axes.set_xlabel(found.roles.get("damage", "damage"))
     axes.set_ylabel(found.roles.get("target", "target"))
     axes.legend()
@@ -93,6 +93,11 @@ def _front(found: Results) -> list[Block]:
     return [Figure(stream.getvalue(), alt), Table("The front, by rising damage.", ["setting", "target", "damage"], [
         [name_of(row), _number(row.target), _number(row.damage)] for row in front
     ])]  # fmt: skip
+
+
+def _points(rows: Sequence[SettingRow]) -> list[tuple[float, float]]:
+    """Damage and target of the settings that have both."""
+    return [(row.damage, row.target) for row in rows if row.damage is not None and row.target is not None]
 
 
 def _sheet(folder: Path, rows: Sequence[SettingRow]) -> list[Block]:

@@ -36,7 +36,7 @@ def infinity_rows() -> tuple[tiny_infinity.InfinityPipeline, list[Row]]:
     text = Plan.build([shift("text.output", tiny_infinity.TEXT_WIDTH, None, 9)])
     pooled = Plan.build([shift("pooled", tiny_infinity.WIDTH, (0,), 5)])
     prompts = ["a large red circle", "a small blue square on a white background"]
-    return pipe, rows_of(prompts, [every, last, text, pooled], [0.0, 0.5, 1.0])
+    return pipe, rows_of(prompts, [every, last, text, pooled], [0.0, 3.0, 9.0])
 
 
 def test_infinity_rows_are_the_same_tokens_packed_shared_and_alone():

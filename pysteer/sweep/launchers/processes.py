@@ -147,16 +147,19 @@ class _Pool:
         for ready in wait(list(watched), timeout=1.0):
             worker = watched[ready]
             if ready is worker.pipe:
-                self._hear(worker)
-            elif not worker.pipe.poll():
+                gone = not self._hear(worker)
+            else:
+                gone = not worker.pipe.poll()
+            if gone:
                 self._bury(worker)
+                return  # what else was ready may belong to the process that is gone
 
-    def _hear(self, worker: _Process) -> None:
+    def _hear(self, worker: _Process) -> bool:
+        """Take in what a worker says; False where it has died."""
         try:
             kind, value = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._bury(worker)
-            return
+            return False
         if kind == "rows":
             self.done += value
             self.show(self.done, self.total)
@@ -168,11 +171,14 @@ class _Pool:
             raise PysteerError(value)
         else:
             worker.ended = True
+        return True
 
     def _bury(self, worker: _Process) -> None:
         """Start a worker again that has died; what it had and did not write goes to the next one that is free."""
         if worker.ended or worker.process is None:
             return
+        worker.process.join(_PATIENCE)
+        worker.process.kill()  # it cannot be heard any more, whatever it still does
         worker.process.join()
         worker.pipe.close()
         code = worker.process.exitcode
