@@ -64,6 +64,14 @@ def _language() -> str:
     for (mode, work, contender), (row, _) in sorted(newest.items(), key=lambda item: item[0][:2]):
         ratio = f"no time: {row['refused']}" if row["refused"] else f"{row['ratio']:.3f}"
         lines.append(f"| {mode} | {work} | {contender} | {ratio} |")
+    ratios = {(mode, work, who): row["ratio"] for (mode, work, who), (row, _) in newest.items() if row["ratio"]}
+    slower = [
+        f"{mode}, {work}: hooks {ratios[mode, work, 'hooks']:.3f} against {ratio:.3f}"
+        for (mode, work, who), ratio in ratios.items()
+        if who == "steered" and ratios.get((mode, work, "hooks"), ratio) < ratio
+    ]
+    if slower:
+        lines += ["", f"Pysteer is not the fastest here: {'; '.join(slower)}."]
     last = results[-1]
     where = f"{last['machine']['processor']}, torch {last['versions']['torch']}, {last['date'][:10]}"
     return "\n".join([*lines, "", f"Newest of every row; the last on {where}."])

@@ -131,7 +131,7 @@ class ImageBench:
         """Prompts of a concept and seed, what the model makes of them unsteered, and of the target prompts."""
         if (concept, seed) not in self.known:
             sizes = self.sizes
-            most = max(sizes.pairs, *sizes.efficiency)
+            most = max((sizes.pairs, *sizes.efficiency))
             fitted = draw(concept, most, 4 * seed + 1)
             search = draw(concept, sizes.search, 4 * seed + 2, fitted.source)
             fresh = draw(concept, sizes.prompts, 4 * seed + 3, [*fitted.source, *search.source])

@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.baselines import hooks
 from bench.serving import Prepared
 from bench.works.decoding import Decoder, find, levels, one_by_one
+from pysteer.files import read_json, write_json
 
 WIDE = 1e6  # bounds that everything lies within, as ml-act has them by default for Gaussian maps
 
@@ -27,12 +28,12 @@ def write_case(folder: Path, layers: int | None = None) -> None:
         folder: gets `model/` (transformers) and `case.safetensors`.
         layers: how many layers are kept, None for all.
     """
+    if (folder / "case.safetensors").is_file():
+        return
     from transformers import LlamaForCausalLM
 
     from pysteer.models.language import smollm2
 
-    if (folder / "case.safetensors").is_file():
-        return
     model = smollm2().model
     config = model.config
     if layers is not None:
@@ -44,6 +45,7 @@ def write_case(folder: Path, layers: int | None = None) -> None:
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder / "model")
+    _for_older_versions(folder / "model" / "config.json")
     generator = torch.Generator().manual_seed(0)
     width = config.hidden_size
     case: dict[str, Tensor] = {}
@@ -53,6 +55,14 @@ def write_case(folder: Path, layers: int | None = None) -> None:
             case[f"norms.{i}.{norm}.gain"] = 1 + 0.2 * torch.randn(width, generator=generator)
             case[f"norms.{i}.{norm}.bias"] = 0.05 * torch.randn(width, generator=generator)
     save_file(case, folder / "case.safetensors")
+
+
+def _for_older_versions(path: Path) -> None:
+    """Say the base of the rotary embedding where transformers 4 looks for it; else it silently takes another one."""
+    config = read_json(path, "configuration of the model")
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" in rotary:
+        write_json(path, {**config, "rope_theta": rotary["rope_theta"]})
 
 
 def load_model(folder: Path) -> Any:

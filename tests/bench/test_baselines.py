@@ -1,5 +1,7 @@
 """The ways of others, written from their formulas, do the same as pysteer: the comparison is of the same work."""
 
+import json
+
 import pytest
 import tiny_infinity
 import tiny_language
@@ -10,6 +12,7 @@ import pysteer
 from bench.baselines import hooks
 from bench.works import decoding
 from bench.works.infinity import _plan
+from bench.works.language import _for_older_versions
 from pysteer.ops.sae_edit import sae_edit
 from pysteer.steering import Plan, SiteParameters
 
@@ -185,3 +188,13 @@ def test_works_are_found_by_name_and_tokens_are_the_same_for_all():
     assert torch.equal(decoding.token_ids(decoding.Work(2, 4, 3)), decoding.token_ids(decoding.Work(2, 4, 3)))
     with pytest.raises(KeyError):
         decoding.find("decode,-batch-9")
+
+
+def test_older_versions_find_the_base_of_the_rotary_embedding(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"rope_parameters": {"rope_theta": 100000.0}, "hidden_size": 8}', encoding="utf-8")
+    _for_older_versions(path)
+    assert json.loads(path.read_text(encoding="utf-8"))["rope_theta"] == 100000.0
+    path.write_text('{"hidden_size": 8}', encoding="utf-8")
+    _for_older_versions(path)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"hidden_size": 8}

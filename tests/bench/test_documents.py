@@ -1,5 +1,7 @@
 """Tables of README and docs are those that are stored, and `pysteer bench` says when there is no checkout."""
 
+import subprocess
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -59,3 +61,9 @@ def test_rows_that_are_all_alike_get_no_time():
     broken[0] += 1
     assert "changed wrongly" in rows.check_rows({"none": none, "one": one, "many": broken})
     assert rows.shift_plans([("a", 3)], 2, seed=0)[0].entries[0].parameters.tensors["bias"].shape == (1, 3)
+
+
+def test_peers_are_known_by_name():
+    made = subprocess.run([docs.ROOT / "scripts/peers.sh", "nonsense"], capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert "unknown package nonsense; allowed: repeng steering-vectors" in made.stderr
