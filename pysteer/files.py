@@ -76,10 +76,14 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` atomically."""
+    """Write `data` to `path` atomically; a PNG of `pysteer.report` that can be had as SVG (`data.svg()`) as both."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
-    return Path(path)
+    target, svg = Path(path), getattr(data, "svg", None)
+    if svg is not None and target.suffix == ".png":
+        with atomic_path(target.with_suffix(".svg")) as temporary:
+            temporary.write_bytes(svg())
+    return target
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -16,7 +16,6 @@ from typing import Any
 from pysteer.errors import InputError
 
 MOST_PROMPTS, LONGEST_PROMPT, MOST_STRENGTH, MOST_PAIRS = 8, 300, 20.0, 256
-_SITES = {"infinity-shapes": "ca", "diffusion-shapes": "text"}
 
 
 @dataclass
@@ -107,13 +106,15 @@ class Live:
         return part
 
     def add_fit(self, pair: str, method: str, site: str, pairs: int, seed: int) -> Part:
-        """Fit a method to a pair of classes of the captioned shapes; `site` "" takes the usual one.
+        """Fit a method to a pair of classes of the captioned shapes; at a place as the recipe `methods` names
+        them: "" or visual for where the class is drawn, text, or sites.
 
         Raises:
             InputError: an unknown class, method or site, or too many pairs.
         """
         import pysteer
         from pysteer.methods import create
+        from pysteer.recipes.comparison.places import find_place
         from pysteer.recipes.prototype.data import parse_pair
         from pysteer.zoo.shapes.captions import sample_pairs
 
@@ -129,8 +130,10 @@ class Live:
             self._detach()
             drawn = sample_pairs(pairs, found.attribute, found.source, found.target, seed=seed)
             texts = [first.caption for first, _ in drawn], [second.caption for _, second in drawn]
-            chosen = site or _SITES.get(self.model, "ca")
-            fitted = pysteer.fit(pipe, made, *texts, sites=[chosen], seeds=seed)
+            place = find_place(site or "visual", pipe, found.attribute)
+            fitted = pysteer.fit(
+                pipe, made, *texts, sites=list(place.sites), steps=place.steps, sequential=place.sequential, seeds=seed
+            )
             return self._add(f"{found.source}-to-{found.target}-{method}", fitted)
 
     def add_folder(self, folder: Path) -> Part:

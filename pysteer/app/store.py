@@ -240,7 +240,7 @@ class Results:
             return kept[1]
 
     def figures(self, run: str) -> list[str]:
-        """Figures and plots of a run, as paths inside the run."""
+        """Figures of a run, as paths of PNG files inside the run."""
         folder = self.path(run)
         return [f"figures/{p.name}" for p in sorted((folder / "figures").glob("*.png"))]
 

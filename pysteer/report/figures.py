@@ -93,11 +93,29 @@ def _style(axis: Axes, colours: _Colours) -> None:
     axis.set_axisbelow(True)
 
 
+class Drawn(bytes):
+    """PNG bytes of a figure that can be had as SVG as well; `files.write_bytes` puts both beside each other."""
+
+    figure: MplFigure
+
+    def svg(self) -> bytes:
+        """The figure as SVG, drawn when it is asked for; the same figure gives the same bytes."""
+        from matplotlib import rc_context
+
+        buffer = io.BytesIO()
+        with rc_context({"svg.hashsalt": "pysteer", "svg.fonttype": "none"}):
+            colour = self.figure.get_facecolor()
+            self.figure.savefig(buffer, format="svg", facecolor=colour, metadata={"Date": None, "Creator": "pysteer"})
+        return buffer.getvalue()
+
+
 def _png(figure: MplFigure) -> bytes:
     buffer = io.BytesIO()
     # A fixed Software tag: the bytes must not change with the matplotlib version string.
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": "pysteer"})
-    return buffer.getvalue()
+    drawn = Drawn(buffer.getvalue())
+    drawn.figure = figure
+    return drawn
 
 
 def _line(axis: Axes, xs: list[float], rates: list[Rate], colour: str, marker: str, label: str) -> None:

@@ -136,3 +136,18 @@ def test_control_bars_are_as_long_as_the_rates():
     full = blue_pixels(control_bars(bars, target_name="t", kept_name="k"))
     half = [Bar("all", share(50), share(90)), Bar("none", share(0), share(90), "control")]
     assert full > 1.8 * blue_pixels(control_bars(half, target_name="t", kept_name="k")) > 0
+
+
+def test_figures_are_written_as_png_and_as_svg(tmp_path):
+    from pysteer.files import write_bytes
+
+    figure = Figure(dose_response([curve()], target_name="square", kept_name="colour"), "a figure")
+    write_bytes(tmp_path / "strengths.png", figure.light)
+    text = (tmp_path / "strengths.svg").read_text()
+    assert (tmp_path / "strengths.png").read_bytes() == bytes(figure.light)
+    assert "<svg" in text
+    assert ">square</text>" in text  # words stay words
+    write_bytes(tmp_path / "again.png", figure.light)
+    assert (tmp_path / "again.svg").read_text() == text
+    write_bytes(tmp_path / "dot.png", dot("red"))
+    assert not (tmp_path / "dot.svg").exists()

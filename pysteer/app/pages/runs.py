@@ -72,6 +72,8 @@ def run_page(app: Inspector, query: Query) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "title": info.id if info.id != "." else app.results.folder.name, "info": info, "files": files,
         "config": flat_config(info.config), "best": flat_config(info.best), "figures": app.results.figures(info.id),
+        "vectors": {n for n in app.results.figures(info.id) if (folder / n).with_suffix(".svg").is_file()},
+        "csv": sorted(path.name for path in (folder / "tables").glob("*.csv")),
         "tables": app.results.tables(info.id), "query": query, "problems": problems,
         "has_features": bool(representations(app, info)), "has_dynamics": (folder / "runs").is_dir(),
         "has_adapters": app.adapters.folder(info.id) is not None,
