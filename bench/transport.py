@@ -93,8 +93,13 @@ def blended_hook(entry: SiteParameters, strength: float) -> Callable[..., Any]:
     return hook
 
 
-def sweep(lm: LanguageModel, prompts: int, tokens: int, rows: int, batch: int) -> dict[str, Any]:
-    """11 strengths: all rows of one batch, against the loop; the same texts where arithmetic allows it."""
+def sweep(
+    lm: LanguageModel, prompts: int, tokens: int, rows: int, batch: int, looped_strengths: list[float]
+) -> dict[str, Any]:
+    """11 strengths: all rows of one batch, against the loop; the same texts where arithmetic allows it.
+
+    Every strength costs the loop the same, so it may be timed at some of them and counted eleven times.
+    """
     asked = [opening for use in ("report", "search") for opening in openings(use)]
     # The loop pads prompts of a batch on the left, where its hooks reach; alone they have no padding.
     chosen = [asked[i % len(asked)] for i in range(prompts)]
@@ -112,7 +117,7 @@ def sweep(lm: LanguageModel, prompts: int, tokens: int, rows: int, batch: int) -
         ours = (time.process_time() - cpu, time.perf_counter() - wall)
         loops: list[tuple[float, float]] = []
         texts: dict[float, list[str]] = {}
-        for strength in STRENGTHS:
+        for strength in looped_strengths:
             cpu, wall = time.process_time(), time.perf_counter()
             texts[strength] = looped(lm, folder, strength, chosen, tokens, batch)
             loops.append((time.process_time() - cpu, time.perf_counter() - wall))
@@ -121,15 +126,16 @@ def sweep(lm: LanguageModel, prompts: int, tokens: int, rows: int, batch: int) -
         for i, (request, one) in enumerate(zip(requests, made, strict=True))
     }
     decoded = {key: lm.tokenizer.decode(list(one.tokens), skip_special_tokens=True) for key, one in own.items()}
-    same = [decoded[strength, i] == texts[strength][i] for strength in STRENGTHS for i in range(prompts)]
-    loop = [sum(column) for column in zip(*loops, strict=True)]
+    same = [decoded[strength, i] == texts[strength][i] for strength in looped_strengths for i in range(prompts)]
+    loop = [sum(column) * len(STRENGTHS) / len(loops) for column in zip(*loops, strict=True)]
     return {
         "prompts": prompts, "strengths": len(STRENGTHS), "tokens": tokens, "rows": rows, "loop_batch": batch,
+        "loop_strengths": len(loops),
         "dtype": str(next(lm.model.parameters()).dtype),
         "ours_cpu": ours[0], "ours_wall": ours[1], "loop_cpu": loop[0], "loop_wall": loop[1],
         "speedup_cpu": loop[0] / ours[0], "speedup_wall": loop[1] / ours[1],
         "same_text": statistics.mean(same),
-        "same_text_at_0": statistics.mean(same[:prompts]),
+        "same_text_at_0": statistics.mean(decoded[0.0, i] == texts[0.0][i] for i in range(prompts)),
         "changed": statistics.mean(decoded[1.0, i] != decoded[0.0, i] for i in range(prompts)),
     }  # fmt: skip
 
@@ -288,6 +294,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1, help="prompts at a time in the loop")
+    parser.add_argument(
+        "--loop-strengths", type=int, default=11, help="strengths the loop is timed at, 0 and 1 among them"
+    )
     parser.add_argument("--sites", type=int, default=60)
     parser.add_argument("--texts", type=int, default=500, help="per class")
     parser.add_argument("--rounds", type=int, default=3)
@@ -303,7 +312,9 @@ def main() -> None:
     else:
         lm = loaded(asked.model, getattr(torch, asked.dtype))
         if asked.what == "sweep":
-            found = sweep(lm, asked.prompts, asked.tokens, asked.rows, asked.batch)
+            count = max(2, min(asked.loop_strengths, len(STRENGTHS)))
+            chosen = [STRENGTHS[round(i * (len(STRENGTHS) - 1) / (count - 1))] for i in range(count)]
+            found = sweep(lm, asked.prompts, asked.tokens, asked.rows, asked.batch, chosen)
         elif asked.what == "fits":
             found = fits(lm, asked.sites, asked.rounds)
         else:

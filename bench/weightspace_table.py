@@ -1,12 +1,13 @@
 """The figures of docs/weightspace.md: a kept run of the recipes, and the newest benchmark.
 
-python -m bench.weightspace_table store results/weightspace    # keeps the figures of a run
+python -m bench.weightspace_table store results/weightspace    # keeps the figures of a run (or several)
 python -m bench.weightspace_table                              # writes the newest of them into the page
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,28 @@ START, END = "<!-- figures: python -m bench.weightspace_table -->", "<!-- /figur
 NAME = "weightspace_experiment"
 
 
-def keep(folder: Path) -> None:
-    """Store what a finished run of the recipe `weightspace` found."""
-    summary = read_json(folder / "summary.json", "summary of the run")
-    if summary.get("recipe") != "weightspace":
-        raise InputError("run", value=str(folder), allowed="a finished run of the recipe weightspace")
-    names = ("headline", "tables", "best", "seconds")
-    append(NAME, {**machine(), **{name: summary[name] for name in names}})
+def keep(folders: Sequence[Path]) -> None:
+    """Store what finished runs of the recipe `weightspace` on one collection found, as one result."""
+    found: dict[str, Any] = {}
+    for folder in folders:
+        summary = read_json(folder / "summary.json", "summary of the run")
+        if summary.get("recipe") != "weightspace":
+            raise InputError("run", value=str(folder), allowed="a finished run of the recipe weightspace")
+        if not found:
+            found = {name: summary[name] for name in ("headline", "tables", "best", "seconds")}
+            continue
+        if summary["headline"]["adapters"] != found["headline"]["adapters"]:
+            raise InputError("run", value=str(folder), allowed="runs on one collection")
+        found["seconds"] += summary["seconds"]
+        for name, rows in summary["tables"].items():
+            known = {_key(row) for row in found["tables"].get(name, [])}
+            found["tables"].setdefault(name, []).extend(row for row in rows if _key(row) not in known)
+    append(NAME, {**machine(), **found})
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("family", "model", "shuffled", "layer", "pair", "direction", "what", "t", "strength")
+    return tuple(row.get(name) for name in names)
 
 
 def _percent(row: dict[str, Any]) -> str:
@@ -70,6 +86,23 @@ def edit_table(run: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Per cent of {total} pictures that show the target class, Wilson 95 % intervals."]
 
 
+def bridge_table(run: dict[str, Any]) -> list[str]:
+    """The direction on the generator itself: in weights, as the shift it predicts, as a shift fitted on activations."""
+    rows = run["tables"].get("bridges", [])
+    if not rows:
+        return []
+    strengths = sorted({row["strength"] for row in rows if row["strength"]})
+    lines = ["| direction | what is changed | unsteered | " + " | ".join(f"strength {s:g}" for s in strengths) + " |",
+             "|---|---|---" + "|---" * len(strengths) + "|"]  # fmt: skip
+    for pair, what in dict.fromkeys((row["pair"], row["what"]) for row in rows if row["strength"]):
+        own = {row["strength"]: _rate(row["target"]) for row in rows if (row["pair"], row["what"]) == (pair, what)}
+        plain = next(_rate(row["target"]) for row in rows if row["pair"] == pair and not row["strength"])
+        lines.append(f"| {pair} | {what} | {plain} | " + " | ".join(own[s] for s in strengths) + " |")
+    cosines = {row["pair"]: row["mean_cosine"] for row in rows}
+    said = ", ".join(f"{pair} {value:+.2f}" for pair, value in cosines.items())
+    return [*lines, "", f"Mean cosine between the predicted and the fitted shift, over layers and steps: {said}."]
+
+
 def text() -> str:
     """Everything between the marks of the page."""
     parts: list[str] = []
@@ -86,7 +119,7 @@ def text() -> str:
             f"chance is {100 / head['classes']:.0f} %. The whole run took {run['seconds']:.0f} s, "
             f"{run['machine']['processor']}.",
         ]  # fmt: skip
-        parts += ["", *edit_table(run)] if run["tables"]["edits"] else []
+        parts += ["", *edit_table(run), "", *bridge_table(run)] if run["tables"]["edits"] else []
     if benches:
         parts += ["", table(benches[-1])]
     return "\n".join(parts)
@@ -96,12 +129,12 @@ def main() -> None:
     """Store a run, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["store", "page"], default="page")
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("folders", nargs="*", type=Path)
     asked = parser.parse_args()
     if asked.what == "store":
-        if asked.folder is None:
-            parser.error("store needs the folder of a run")
-        keep(asked.folder)
+        if not asked.folders:
+            parser.error("store needs the folder of a run, or of several on one collection")
+        keep(asked.folders)
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(START)
     _, mark, after = rest.partition(END)

@@ -9,6 +9,7 @@ added to the folder later are read alone.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from pysteer.weightspace.layout import Header, Layout, plain_parts, read_header,
 ROWS, INDEX = "rows.f32", "index.json"
 ROLES = ("down", "up")
 VERSION = 1
-_BLOCK = 256  # adapters between two writings of the index
+_BLOCK = 16  # adapters read before they are written: few enough for the cache of the processor
+_SAVE = 256  # adapters between two writings of the index
 Show = Callable[[float, float | None], None]
 
 
@@ -105,7 +107,7 @@ class Reader:
         self._plain: dict[bytes, Any] = {}
         self._read: dict[Path, Header] = {}
         self._fitting: dict[bytes, bool] = {}
-        self._sums: dict[float, list[int]] = {}
+        self._samples: dict[bytes, list[int]] = {}
         self._ranks: tuple[int, ...] | None = None
 
     def read(self, paths: Sequence[Path], show: Show = lambda done, total: None) -> None:
@@ -129,12 +131,14 @@ class Reader:
                 stream.truncate(4 * self.layout.width * len(self.entries))
                 stream.seek(0, 2)
                 room = np.empty((min(_BLOCK, len(new)), self.layout.width), np.float32)
+                saved = 0
                 for start in range(0, len(new), _BLOCK):
                     part = new[start : start + _BLOCK]
-                    block = self._block(part, stats, room)
-                    stream.write(block.data)
+                    stream.write(self._block(part, stats, room).data)
                     stream.flush()
-                    self._write_index()
+                    if start + len(part) - saved >= _SAVE:
+                        saved = start + len(part)
+                        self._write_index()
                     show(done + start + len(part), len(paths))
         if not self.entries:
             reasons = "; ".join(f"{skip.path}: {skip.reason}" for skip in self.skipped[:2])
@@ -164,7 +168,7 @@ class Reader:
         self.skipped = [skip for skip in skipped if same(skip)]
         rows = np.memmap(self.cache / ROWS, np.float32, "r", shape=(len(entries), layout.width))
         for index, row in enumerate(rows):
-            self._sums.setdefault(_sum(row), []).append(index)
+            self._samples.setdefault(_sample(row), []).append(index)
 
     def _choose_layout(self, paths: Sequence[Path]) -> None:
         """The layers that most adapters have, with the highest rank of each; the order of the most common file."""
@@ -235,7 +239,7 @@ class Reader:
                 reason = f"duplicate of {self.entries[twin].path}"
                 self.skipped.append(Skipped(name, reason, stat.st_size, stat.st_mtime_ns))
                 continue
-            self._sums.setdefault(_sum(row), []).append(len(self.entries))
+            self._samples.setdefault(_sample(row), []).append(len(self.entries))
             self.entries.append(replace(entry, path=name, size=stat.st_size, changed=stat.st_mtime_ns))
             count += 1
         return block[:count]
@@ -295,7 +299,7 @@ class Reader:
         """An earlier adapter with the same values."""
         assert self.layout is not None
         written = None
-        for index in self._sums.get(_sum(row), ()):
+        for index in self._samples.get(_sample(row), ()):
             first = len(self.entries) - self._within(row, block)
             if index >= first:
                 other = block[index - first]
@@ -317,10 +321,9 @@ class Reader:
         write_index(self.cache, self.layout, self.entries, self.skipped, {"duplicates": self.duplicates})
 
 
-def _sum(row: NDArray[np.float32]) -> float:
-    """A number that equal rows share and others hardly ever do: the bits, added up."""
-    even = row[: row.size // 2 * 2]
-    return float(np.add.reduce(even.view(np.uint64), dtype=np.uint64))
+def _sample(row: NDArray[np.float32]) -> bytes:
+    """Some values of a row, spread over it: equal rows share them, others hardly ever do."""
+    return row[:: max(1, row.size // 512)].tobytes()
 
 
 def read_label(path: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
@@ -386,13 +389,15 @@ def _entry(values: Any) -> Entry:
 
 
 def find_files(folder: Path, cache: Path) -> Iterator[Path]:
-    """The safetensors files under a folder, by name; links that lead out of it are left out."""
-    root = folder.resolve()
-    for path in sorted(folder.rglob("*.safetensors")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or cache in path.parents:
+    """The safetensors files under a folder, by name; hidden folders and links that lead out of it are left out."""
+    root, apart = folder.resolve(), str(cache)
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and os.path.join(place, name) != apart]
+        found += [os.path.join(place, name) for name in names if name[0] != "." and name.endswith(".safetensors")]
+    for name in sorted(found):
+        # Links to folders are not followed, so a file that is no link lies where its path says.
+        if os.path.islink(name) and not Path(name).resolve().is_relative_to(root):
             continue
-        # Links are not followed by rglob, so a file that is none lies where its path says.
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            continue
-        if path.is_file():
-            yield path
+        if isfile(name):
+            yield Path(name)

@@ -128,6 +128,7 @@ def test_interrupted_reading_goes_on(folder, monkeypatch):
     from pysteer.weightspace import store
 
     monkeypatch.setattr(store, "_BLOCK", 4)
+    monkeypatch.setattr(store, "_SAVE", 4)
     seen = []
 
     def stop(done, total):
