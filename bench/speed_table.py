@@ -13,7 +13,7 @@ def where_of(result: dict[str, Any]) -> str:
     """Machine, versions, commit, date, in words."""
     machine = result["machine"]
     name = machine["gpu"] or machine["processor"]
-    how = "quick run: small sizes and few rounds on a busy machine, " if result.get("quick") else ""
+    how = "Quick run: small sizes and few rounds on a busy machine, " if result.get("quick") else ""
     return f"{how}{name}, torch {result['versions']['torch']}, {result['date'][:10]}, commit {result['commit']}"
 
 
@@ -73,10 +73,11 @@ def speed_table(results: list[dict[str, Any]]) -> str:
         rows = [row for row in result["rows"] if row["part"] == part]
         head = "| work | contender | time / base | tokens or images per s | breaks / recompiles | calls | peak, MiB |"
         lines = [f"### {part}", "", head, "|---" * 7 + "|", *(line(row) for row in rows)]
+        base = next((row["contender"] for row in rows if row.get("ratio_quartiles") == [1.0, 1.0]), "nobody")
         slower = not_fastest(rows)
         lines += ["", "Pysteer is not the fastest here: " + "; ".join(slower) + "." if slower else
                   "Nothing that steers was faster than pysteer here."]  # fmt: skip
-        blocks.append("\n".join([*lines, "", where_of(result) + "."]))
+        blocks.append("\n".join([*lines, "", f"Base: {base}. {where_of(result)}."]))
     gpu = [line(row) for result in results[-1:] for row in result.get("gpu", [])]
     if gpu:
         head = "| work | contender | | | | | |"
