@@ -78,7 +78,7 @@ def table(found: dict[str, Any]) -> str:
     plan = f"{found['plan_cpu']:.1f} processor seconds ({found['plan_seconds']:.1f} s by the clock)"
     asked = f"{found['query_cpu']:.2f} processor seconds ({found['query_seconds']:.2f} s by the clock)"
     return (
-        f"{cells} cells are planned into {found['batches']:,} batches in {plan} with {found["plan_gib"]:.2f} GiB, "
+        f"{cells} cells are planned into {found['batches']:,} batches in {plan} with {found['plan_gib']:.2f} GiB, "
         f"everything that is imported included; a question about {cells} rows, each shard checked, takes {asked}."
     )
 
