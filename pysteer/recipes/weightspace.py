@@ -8,6 +8,7 @@ adapters, and the classifier of pictures says what that does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run_weightspace(config: WeightspaceConfig, run: Run) -> Summary:
     with run.progress.task("families and models", total) as advance:
         outcomes = []
         for family in families:
-            outcomes += _kept(run, f"family-{family}", known, lambda f=family: experiment.family(f, config.models))
+            outcomes += _kept(run, f"family-{family}", known, partial(experiment.family, family, config.models))
             advance(len(config.models))
         best = best_of(outcomes)
         more = [model for model in config.best_models if model not in config.models]

@@ -13,7 +13,7 @@ from pysteer.metrics import Rate, rate
 from pysteer.weightspace.farm.concepts import parse_concept
 from pysteer.weightspace.farm.many import Factors, many_adapters
 
-SAMPLING = {"num_inference_steps": 20, "guidance_scale": 1.0}
+SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 1.0}
 
 
 @dataclass(frozen=True)
