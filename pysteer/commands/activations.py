@@ -27,7 +27,10 @@ def capture_command(
     batch_size: Annotated[int, typer.Option(help="Prompts per run.")] = 16,
     dtype: Annotated[str, typer.Option(help="Type to store: keep, fp32, bf16 or fp16.")] = "keep",
 ) -> None:
-    """Run prompts and keep the activations at sites; the same command continues an interrupted capture."""
+    """Run prompts and keep the activations at sites; the same command continues an interrupted capture.
+
+    pysteer capture smollm2 kept --prompts texts.txt --sites 'block.*'
+    """
     from pysteer.capture import capture, capture_moments
     from pysteer.capture.prompts import read_prompts
     from pysteer.models.load import load_model
@@ -60,7 +63,10 @@ def fit_command(
     paired: Annotated[bool, typer.Option("--paired", help="Prompt i of one belongs to prompt i of the other.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the options of the method with their defaults.")] = False,
 ) -> None:
-    """Fit a method from what `pysteer capture` kept."""
+    """Fit a method from what `pysteer capture` kept.
+
+    pysteer fit linear_act learned --source plain --target about, pysteer fit prototype OUT --keys
+    """
     from pysteer.capture import fit_stored
     from pysteer.methods import REGISTRY, create
     from pysteer.recipes.config import build_config, parse_words

@@ -22,7 +22,10 @@ def bake_command(
     rank: Annotated[int | None, typer.Option(help="Highest rank of the LoRA; cuts off what is above.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights: fp32, bf16 or fp16.")] = None,
 ) -> None:
-    """Fold fitted parameters into the weights of a model, for use without pysteer."""
+    """Fold fitted parameters into the weights of a model, for use without pysteer.
+
+    pysteer bake infinity-shapes red-to-blue steered, pysteer bake MODEL FITTED OUT --lora --rank 16
+    """
     from pysteer import files
     from pysteer.capture import Fitted
     from pysteer.models.load import load_model
@@ -81,7 +84,10 @@ def convert_command(
     dtype: Annotated[str | None, typer.Option(help="Type to store: keep, fp32, bf16 or fp16.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List the options of the kind with their defaults.")] = False,
 ) -> None:
-    """Convert weights, maps, vectors and autoencoders of others to safetensors; maps and vectors also back."""
+    """Convert weights, maps, vectors and autoencoders of others to safetensors; maps and vectors also back.
+
+    pysteer convert FOLDER OUT --kind ml-act, pysteer convert --kind sae-saelens --keys
+    """
     import dataclasses
 
     from pysteer.convert import find_kind

@@ -101,7 +101,7 @@ def test_commands_and_options_of_the_pages_exist(interface):
         if hasattr(command, "commands"):
             assert words[1] in command.commands, where
             command = command.commands[words[1]]
-        if command.ignore_unknown_options:  # passes its words on
+        if (command.context_settings or {}).get("ignore_unknown_options"):  # passes its words on
             continue
         known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
         for word in words[1:]:
@@ -109,6 +109,21 @@ def test_commands_and_options_of_the_pages_exist(interface):
                 assert word.partition("=")[0] in known, where
                 seen += 1
     assert seen > 5
+
+
+def test_examples_in_the_help_are_commands_with_options_that_exist(interface):
+    seen = 0
+    for name, command in interface.commands.items():
+        for line in (command.help or "").splitlines():
+            for example in line.strip().split(", pysteer "):
+                words = shlex.split(example.removeprefix("pysteer ")) if line.strip().startswith("pysteer ") else []
+                if not words:
+                    continue
+                assert words[0] == name, example
+                known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+                assert [word for word in words if word.startswith("--") and word not in known] == [], example
+                seen += 1
+    assert seen >= 8
 
 
 def test_keys_of_recipes_on_the_pages_exist():
