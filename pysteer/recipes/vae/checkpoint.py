@@ -36,6 +36,8 @@ def save_checkpoint(
     try:
         with files.new_folder(target) as temporary:
             for name, held in tensors.items():
+                if not held:  # a classifier before its first window; a file of nothing cannot be read
+                    continue
                 files.write_safetensors(temporary / f"{name}.safetensors", held)
             files.write_json(temporary / STATE, {"step": step, **state})
     except (OSError, SafetensorError) as error:
