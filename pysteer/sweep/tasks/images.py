@@ -26,6 +26,7 @@ from pysteer.recipes.prototype.config import PrototypeConfig
 from pysteer.recipes.prototype.data import Pair, draw_pair, parse_pair
 from pysteer.recipes.prototype.generator import choose_device, weights_mark
 from pysteer.steering import Plan
+from pysteer.steering.plan import PlanEntry
 from pysteer.sweep.axes import Axis
 from pysteer.sweep.parameters import FitRequest, fitted
 from pysteer.sweep.prefix import Row, generate, scaled
@@ -220,17 +221,17 @@ def request_of(setting: ImageSetting, pipe: Any, weights: str) -> tuple[FitReque
     whole = not place.sequential and not all(site.startswith("text") for site in place.sites)
     options = {
         "sites": place.sites, "steps": None if whole else place.steps, "sequential": place.sequential,
-        "rows": setting.rows, "fit_seed": setting.fit_seed, "settings": call_settings(setting),
+        "rows": setting.rows, "fit_seed": setting.fit_seed, "settings": call_settings(setting, pipe),
     }  # fmt: skip
     request = FitRequest([weights], contender.method, prompts.source, prompts.target, prompts.seeds, options)
     return request, place
 
 
-def call_settings(setting: ImageSetting) -> dict[str, Any]:
+def call_settings(setting: ImageSetting, pipe: Any) -> dict[str, Any]:
     """Arguments of the generator's call."""
     own: dict[str, Any] = dict(setting.settings)
     if setting.cfg is not None:
-        own["guidance_scale" if "num_inference_steps" in own or "diffusion" in setting.model else "cfg"] = setting.cfg
+        own["guidance_scale" if hasattr(pipe, "pipe") else "cfg"] = setting.cfg
     return own
 
 
@@ -246,13 +247,11 @@ class ImagesEngine(Engine):
         if hasattr(self.pipe, "pipe"):
             self.pipe.pipe.set_progress_bar_config(disable=True)
         self.weights = weights_mark(self.pipe)
-        self.settings = call_settings(setting)
-        if setting.cfg is not None and hasattr(self.pipe, "pipe"):
-            self.settings.pop("cfg", None)
-            self.settings["guidance_scale"] = setting.cfg
+        self.settings = call_settings(setting, self.pipe)
         self.runs = runs_of(self.pipe, self.settings)
         self.share = setting.share
         self.plans: dict[Any, tuple[Plan, str]] = {}
+        self.fits: dict[str, Fitted] = {}
         self.judges: dict[Any, Any] = {}
         self.twins: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -261,8 +260,7 @@ class ImagesEngine(Engine):
 
     def plan(self, setting: ImageSetting) -> tuple[Plan, str]:
         """What steers a setting at strength 1, and a hash of the parameters."""
-        names = (*ImagesTask.sets,)
-        key = tuple(getattr(setting, name) for name in names)
+        key = tuple(getattr(setting, name) for name in ImagesTask.sets)
         if key not in self.plans:
             request = request_of(setting, self.pipe, self.weights)
             if setting.fitted:
@@ -281,10 +279,9 @@ class ImagesEngine(Engine):
 
     def _parameters(self, request: FitRequest) -> Fitted:
         """Read once, so that cells with the same ones share them in the bank."""
-        if ("fit", request.key) not in self.plans:
-            self.plans["fit", request.key] = fitted(self.pipe, request, self.folder)  # type: ignore[assignment]
-        made: Any = self.plans["fit", request.key]
-        return made
+        if request.key not in self.fits:
+            self.fits[request.key] = fitted(self.pipe, request, self.folder)
+        return self.fits[request.key]
 
     def generate(self, settings: Sequence[ImageSetting]) -> Outputs:
         rows, columns = [], []
@@ -358,7 +355,9 @@ def _at_steps(plan: Plan, steps: tuple[int, ...] | None, parts: Mapping[str, str
     """The plan at some of the visual steps that it was fitted for."""
     if steps is None:
         return plan
+    made = Plan()
     for entry in plan.entries:
-        if not parts[entry.parameters.site].startswith("text"):
-            object.__setattr__(entry, "schedule", {step: entry.at(step) for step in steps})
-    return plan
+        text = parts[entry.parameters.site].startswith("text")
+        schedule = entry.schedule if text else {step: entry.at(step) for step in steps}
+        made.entries.append(PlanEntry(entry.parameters, schedule))
+    return made
