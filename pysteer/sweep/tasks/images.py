@@ -358,6 +358,6 @@ def _at_steps(plan: Plan, steps: tuple[int, ...] | None, parts: Mapping[str, str
     made = Plan()
     for entry in plan.entries:
         text = parts[entry.parameters.site].startswith("text")
-        schedule = entry.schedule if text else {step: entry.at(step) for step in steps}
-        made.entries.append(PlanEntry(entry.parameters, schedule))
+        chosen: dict[int | None, tuple[float, float]] = {step: entry.at(step) for step in steps}
+        made.entries.append(entry if text else PlanEntry(entry.parameters, chosen))
     return made
