@@ -97,11 +97,9 @@ def children(number: int) -> list[int]:
 
 
 def keys_of(folder: Path) -> Counter[str]:
-    import pyarrow.parquet as pq
-
     found: Counter[str] = Counter()
-    for path in Store(folder).shards():
-        found.update(pq.read_table(path, columns=["key"])["key"].to_pylist())
+    for table in Store(folder).read(["key"]):
+        found.update(table["key"].to_pylist())
     return found
 
 
