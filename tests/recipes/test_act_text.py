@@ -108,6 +108,18 @@ def test_a_search_takes_the_best_readable_setting_for_other_prompts(place, tmp_p
     assert (folder / "generate_with_hooks" / "aura" / "text_generation.csv").is_file()
 
 
+def test_texts_of_a_report_belong_to_their_setting(place, tmp_path, monkeypatch) -> None:
+    words = ("search.sites=block.1", "search.strengths=1,3", "search.num_sentences=4", "search.perplexity=100")
+    own = "method.names=mean_difference"
+    folder, summary, _ = start(place, tmp_path, own, *words)
+    assert summary.best["strength"] == 3
+    # As if another version of the rule had been at work: nothing in the configuration tells.
+    monkeypatch.setattr(text_trial, "strongest", lambda found, limit: min(found, key=lambda score: score.strength))
+    folder, summary, _ = start(place, tmp_path, own, *words)
+    assert summary.best["strength"] == 1
+    assert {float(row["strength"]) for row in rows_of(folder)} == {0.0, 1.0}
+
+
 def test_interrupted_runs_go_on_where_they_stopped(place, tmp_path, monkeypatch) -> None:
     words = ("method.names=mean_difference,linear_act", "strengths.values=1", "generation.num_sentences=10")
     monkeypatch.setattr("pysteer.recipes.transport.texts._PART", 4)
