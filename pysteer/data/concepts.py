@@ -63,7 +63,7 @@ def openings(use: str) -> list[str]:
 
 
 def concept_sentences(name: str) -> tuple[list[str], list[str]]:
-    """Neutral sentences and sentences about the concept, written by SmolLM2-135M-Instruct (see `sentences.py`).
+    """Neutral sentences and sentences about the concept, 64 of each, written for this package.
 
     Raises:
         InputError: there is no such concept.
