@@ -136,14 +136,14 @@ def line(row: Row) -> str:
     return (
         f"| {row['generator']} | {row['concept']} | {name} | {row['pairs']} | {percent(row['score'])} | "
         f"{percent(row['target'])} | {percent(row.get('kept'))} | {percent(row.get('specific'))} | {change} | "
-        f"{_number(row, 'distance', '.0f')} | {_number(row, 'diversity', '.2f')} | {_number(row, 'monotone', '.2f')} |"
+        f"{_number(row, 'distance', '.0f')} | {_number(row, 'diversity', '.2f')} | {_number(row, 'monotone', '.2f')} | {row['seeds']} |"
     )
 
 
 def table(rows: Sequence[Row]) -> str:
     """The leaderboard in Markdown."""
     head = ("generator", "concept", "method @ place", "examples", "score", "target, %", "kept, %", "specific, %",
-            "change outside", "feature distance", "diversity", "monotone")  # fmt: skip
+            "change outside", "feature distance", "diversity", "monotone", "seeds")  # fmt: skip
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(line(row) for row in rows)])
 
 
