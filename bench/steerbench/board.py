@@ -136,7 +136,8 @@ def line(row: Row) -> str:
     return (
         f"| {row['generator']} | {row['concept']} | {name} | {row['pairs']} | {percent(row['score'])} | "
         f"{percent(row['target'])} | {percent(row.get('kept'))} | {percent(row.get('specific'))} | {change} | "
-        f"{_number(row, 'distance', '.0f')} | {_number(row, 'diversity', '.2f')} | {_number(row, 'monotone', '.2f')} | {row['seeds']} |"
+        f"{_number(row, 'distance', '.0f')} | {_number(row, 'diversity', '.2f')} | {_number(row, 'monotone', '.2f')} | "
+        f"{row['seeds']} |"
     )
 
 
