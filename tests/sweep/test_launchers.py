@@ -76,7 +76,7 @@ def test_slurm_gives_the_same_images(tmp_path, here):
     seen = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False)
     if "idle" not in seen.stdout and "mix" not in seen.stdout:
         pytest.skip(f"no node of SLURM is up: {(seen.stderr or seen.stdout).strip()[:80]}")
-    outcome = run_sweep(plan(), tmp_path, launch=Launch("slurm", workers=2, minutes=5))
+    outcome = run_sweep(plan(), tmp_path, launch=Launch("slurm", workers=2, minutes=30))
     assert (outcome.ran, outcome.failed) == (40, 0)
     assert images(tmp_path) == here
 
