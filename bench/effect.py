@@ -100,7 +100,8 @@ def report(result: dict[str, Any]) -> str:
     sizes = result["sizes"]
     told = (
         f"{result['cells']} of {result['planned']} cells, up to {sizes['seeds']} seeds, {sizes['prompts']} fresh "
-        f"prompts each, {sizes['search']} for the search of the strength; intervals by bootstrap over seeds and prompts."
+        f"prompts each, {sizes['search']} for the search of the strength; "
+        "intervals by bootstrap over seeds and prompts."
     )
     listed = [f"- {text}" for text in result["conclusions"]]
     return "\n".join([table(result["rows"]), "", told, "", *listed, "", where_of(result) + "."])
