@@ -137,7 +137,7 @@ def _steering() -> Iterator[Check]:
     from pysteer.ops.affine_shift import affine_shift
 
     x = torch.randn(2, 3, 8)
-    tensors = (torch.ones(1, 8), torch.full((1, 8), 0.5))
+    tensors = (torch.ones(2, 8), torch.full((2, 8), 0.5))  # set 0 is the one that leaves rows alone
     slot, strength = torch.ones(1, 2, dtype=torch.int32), torch.tensor([[0.0, 2.0]])
     out = affine_shift(x, *tensors, slot, strength, torch.zeros((), dtype=torch.int64))
     right = torch.equal(out[0], x[0]) and torch.allclose(out[1], x[1] + 1.0)

@@ -99,7 +99,7 @@ class Drawn(bytes):
     figure: MplFigure
 
     def svg(self) -> bytes:
-        """The figure as SVG, drawn when it is asked for; the same figure gives the same bytes."""
+        """The figure as SVG, drawn when it is asked for."""
         from matplotlib import rc_context
 
         buffer = io.BytesIO()
