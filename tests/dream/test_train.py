@@ -44,7 +44,7 @@ def test_planted_directions_are_found(tmp_path, activation):
     quality = evaluate_sae(sae, TensorTokens(planted(seed=0)[1]))
     assert quality.fvu < 0.15
     assert history[-1]["fvu"] < 0.3 * history[0]["fvu"]
-    assert quality.l0 == pytest.approx(4, rel=0.15)  # for batch_topk by the running threshold
+    assert quality.l0 == pytest.approx(4, rel=0.2)  # for batch_topk by the running threshold
 
 
 def test_jumprelu_learns_thresholds_that_reach_the_number_of_latents(tmp_path):
