@@ -63,7 +63,7 @@ def main() -> int:
             answer = page.goto(address + path.format(run=asked.run, method=asked.method))
             assert answer is not None
             assert answer.ok, page.locator(".problem").inner_text()
-            page.wait_for_function("[...document.images].every(image => image.complete)")
+            page.wait_for_load_state("networkidle")  # the page forbids scripts in strings, so it is not asked
             page.screenshot(path=asked.out / f"{name}.png")
             print(asked.out / f"{name}.png")
         browser.close()
