@@ -233,7 +233,7 @@ def _watch(root: nn.Module, hub: _Hub) -> Callable[..., None]:
         if given is None:
             return
         rows, tokens = given.shape[0], given.shape[1]
-        further = cached and tokens == 1 and any(named.get(name) is not None for name in _CACHES)
+        further = cached and tokens == 1 and any(_holds_tokens(named.get(name)) for name in _CACHES)
         mask = named.get("attention_mask")
         spans = None if further else attended(mask, rows, tokens, given.device)
         hub.clock.fill_(int(further))
@@ -244,6 +244,15 @@ def _watch(root: nn.Module, hub: _Hub) -> Callable[..., None]:
                 listener("text", rows, 0, spans)
 
     return watch
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a cache has read a prompt. Only one that counts in Python is asked: a counter on a device would wait."""
+    count = getattr(cache, "get_seq_length", None)
+    if count is None or torch.compiler.is_compiling():
+        return cache is not None
+    length = count()
+    return isinstance(length, Tensor) or length > 0
 
 
 def attended(mask: Any, rows: int, tokens: int, device: torch.device) -> Tensor:

@@ -139,6 +139,21 @@ def test_generation_is_steered_in_both_phases(name: str, cache: str) -> None:
     assert len({tuple(result.flatten().tolist()) for result in results.values()}) > 1
 
 
+def test_a_prompt_of_one_token_is_a_prompt() -> None:
+    model = build("llama")
+    parameters, given = shift("mlp.1"), {"use_cache": True, "past_key_values": tf.DynamicCache()}
+    plain = model(IDS[:, :1]).logits
+    with pysteer.steer(model, Plan([parameters], {"mlp.1": {0: (1.0, 0.0)}})):  # the prompt alone
+        first = model(IDS[:, :1], **given).logits
+        second = model(IDS[:, 1:2], **given).logits
+    assert not torch.allclose(first, plain, atol=1e-3)
+    with pysteer.steer(model, Plan([parameters], {"mlp.1": {1: (1.0, 0.0)}})):  # further tokens alone
+        assert torch.equal(model(IDS[:, :1], use_cache=True, past_key_values=tf.DynamicCache()).logits, plain)
+        again = {"use_cache": True, "past_key_values": tf.DynamicCache()}
+        model(IDS[:, :1], **again)
+        assert not torch.allclose(model(IDS[:, 1:2], **again).logits, second, atol=1e-3)
+
+
 def test_rows_are_settings_of_their_own() -> None:
     model = build("qwen2")
     plan = Plan.build([shift("attn.0"), shift("block.2", 1)])
