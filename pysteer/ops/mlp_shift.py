@@ -1,7 +1,7 @@
 """`mlp_shift`: every token of a row is shifted by what a small network makes of the mean of the row's tokens.
 
 The form of a learned transport map that is conditioned on the sample. The network sees one vector per row, so all it
-costs is the mean and the sum; on a CPU the sum is the kernel of `prototype_shift` with one prototype per row.
+costs is the mean and the sum; on a CPU the sum is the kernel of `affine_shift` with a parameter set per row.
 """
 
 from typing import Any
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
+from pysteer.ops.affine_shift import affine_shift
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import has_memory, plain_torch_needed, refuse_out
 from pysteer.ops.launch import choose
 from pysteer.ops.lookup import active_tokens, along, full_precision, laid_out_like, look_up, means_of_rows
-from pysteer.ops.prototype_shift import prototype_shift
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
 
@@ -84,24 +84,11 @@ def _on_cpu(
     mean = mean.reshape(rows, width)
     with full_precision(x):
         shift = _network(mean, which, layers)
-    delta = torch.zeros(rows + 1, 1, width)
-    delta[1:, 0] = shift if residual else shift - mean
-    table = (
-        torch.arange(1, rows + 1, dtype=torch.int32).mul_(which != 0)[None],
-        s[None].contiguous(),
-        clock.new_zeros(()),
-    )
-    zeros = torch.zeros(rows + 1, 1)
-    return prototype_shift(
-        x,
-        zeros[..., None].expand_as(delta),
-        zeros,
-        delta,
-        *table,
-        None if span is None else span[:rows].contiguous(),
-        channel_dim=channel_dim,
-        out=out,
-    )
+    bias = torch.zeros(rows + 1, width)
+    bias[1:] = shift if residual else shift - mean
+    sets = torch.arange(1, rows + 1, dtype=torch.int32).mul_(which != 0)[None]
+    table = (sets, s[None].contiguous(), clock.new_zeros(()), None if span is None else span[:rows].contiguous())
+    return affine_shift(x, torch.ones_like(bias), bias, *table, channel_dim=channel_dim, out=out)
 
 
 def _kernel_serves(x: Tensor, channel_dim: int, out: Tensor | None, tensors: list[Tensor]) -> bool:
@@ -109,7 +96,7 @@ def _kernel_serves(x: Tensor, channel_dim: int, out: Tensor | None, tensors: lis
         return False
     wants_grad = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors))
     target = x if out is None else out
-    return not wants_grad and choose("prototype_shift", x, target, channel_dim).backend == "cpu"
+    return not wants_grad and choose("affine_shift", x, target, channel_dim).backend == "cpu"
 
 
 def mlp_shift(
@@ -185,7 +172,7 @@ def _make_inputs(case: Case) -> dict[str, Any]:
 
 
 def _implementation(x: Tensor, channel_dim: int = -1, out: Tensor | None = None, **_: Any) -> str:
-    served = choose("prototype_shift", x, x if out is None else out, channel_dim).backend
+    served = choose("affine_shift", x, x if out is None else out, channel_dim).backend
     return served if served == "cpu" else "reference"
 
 
