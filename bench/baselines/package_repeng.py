@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from repeng.control import ControlModel, ControlModule
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bench.serving import Prepared, serve
-from bench.works.decoding import Decoder, find, levels, one_by_one
+from bench.serving import serve
+from bench.works.decoding import prepare_peer
 
 # Newer transformers ask a layer for its kind of attention; the package's wrapper does not pass the question on.
 _PASSED_ON = ("attention_type", "layer_type")
@@ -34,19 +33,7 @@ def main() -> None:
     def set_strength(value: float) -> None:
         control.set_raw_control({layer: value * vector for layer, vector in vectors.items()})
 
-    def prepare(name: str) -> Prepared:
-        work = find(name)
-        set_strength(1.0)
-        decoder = Decoder(control, work)
-        facts = {"version": version("repeng")}
-        swept = levels(work.strengths)
-        if swept:
-            sweep = lambda: one_by_one(decoder, set_strength, swept)  # noqa: E731
-            return Prepared(sweep, sweep, len(swept) * work.new, facts=facts)
-        units = work.batch * (work.new or work.prompt)
-        return Prepared(decoder.run, decoder.run, units, setup=decoder.setup, facts=facts)
-
-    serve(prepare)
+    serve(lambda name: prepare_peer(control, name, set_strength, "repeng"))
 
 
 if __name__ == "__main__":

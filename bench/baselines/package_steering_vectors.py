@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from safetensors.torch import load_file
 from steering_vectors import SteeringVector
 from transformers import AutoModelForCausalLM
 
-from bench.serving import Prepared, serve
-from bench.works.decoding import Decoder, find, levels, one_by_one
+from bench.serving import serve
+from bench.works.decoding import prepare_peer
 
 
 def main() -> None:
@@ -30,19 +29,7 @@ def main() -> None:
             handles.pop().remove()
         handles.append(vector.patch_activations(model, multiplier=value))
 
-    def prepare(name: str) -> Prepared:
-        work = find(name)
-        set_strength(1.0)
-        decoder = Decoder(model, work)
-        facts = {"version": version("steering-vectors")}
-        swept = levels(work.strengths)
-        if swept:
-            sweep = lambda: one_by_one(decoder, set_strength, swept)  # noqa: E731
-            return Prepared(sweep, sweep, len(swept) * work.new, facts=facts)
-        units = work.batch * (work.new or work.prompt)
-        return Prepared(decoder.run, decoder.run, units, setup=decoder.setup, facts=facts)
-
-    serve(prepare)
+    serve(lambda name: prepare_peer(model, name, set_strength, "steering-vectors"))
 
 
 if __name__ == "__main__":

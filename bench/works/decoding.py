@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.serving import Prepared
 
 Strength = Callable[[float], None]
 
@@ -110,3 +113,17 @@ def one_by_one(decoder: Decoder, set_strength: Strength, strengths: Sequence[flo
         decoder.setup()
         made.append(decoder.run())
     return torch.cat(made)
+
+
+def prepare_peer(model: Any, name: str, set_strength: Strength, package: str) -> Prepared:
+    """A work by its name for a package that steers `model` and has one strength at a time."""
+    work = find(name)
+    set_strength(1.0)
+    decoder = Decoder(model, work)
+    facts = {"version": version(package)}
+    swept = levels(work.strengths)
+    if swept:
+        sweep = lambda: one_by_one(decoder, set_strength, swept)  # noqa: E731
+        return Prepared(sweep, sweep, len(swept) * work.new, facts=facts)
+    units = work.batch * (work.new or work.prompt)
+    return Prepared(decoder.run, decoder.run, units, setup=decoder.setup, facts=facts)

@@ -30,7 +30,7 @@ def _worker(rank: int, folder: str) -> None:
 
 def test_two_processes(tmp_path):
     mp.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert len(first) == len(second) == 2
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     model = nn.Sequential(nn.GroupNorm(2, 4))

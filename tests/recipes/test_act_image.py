@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from PIL import Image
+from pixel_judge import PixelJudge
 from rich.console import Console
 from tiny_diffusion import clip_tokenizer
 from tiny_infinity import tiny_pipeline
@@ -17,26 +18,11 @@ from pysteer.families.base import find_family
 from pysteer.metrics.clip_score import Clip
 from pysteer.recipes import act_image as module
 from pysteer.recipes.frame import execute
-from pysteer.recipes.prototype.judge import Judgement
 from pysteer.recipes.transport import image_trial
 from pysteer.recipes.transport.images import folder_name
 from pysteer.recipes.transport.places import expand_sites
 
 SMALL = ("task.samples=4", "generation.num_prompts=3", "generation.rows=6", "strengths.values=0,4,16")
-
-
-class PixelJudge:
-    """Labels by the mean of a channel, features by pixels."""
-
-    def __init__(self, classifier: object) -> None:
-        pass
-
-    def __call__(self, images):
-        pixels = images.float()
-        bright = pixels[..., 0].mean((1, 2)) > pixels[..., 1].mean((1, 2))
-        colour = ["red" if bit else "blue" for bit in bright]
-        shape = ["square" if bit else "circle" for bit in pixels[..., 2].mean((1, 2)) > 127]
-        return Judgement({"shape": shape, "colour": colour, "background": ["none"] * len(shape)}, pixels.flatten(1))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pixel_judge import PixelJudge
 from rich.console import Console
 from tiny_infinity import tiny_pipeline
 
@@ -21,25 +22,10 @@ from pysteer.recipes.comparison.contenders import NOT_FITTED, find_contenders
 from pysteer.recipes.comparison.places import find_place
 from pysteer.recipes.comparison.trial import choose, kept
 from pysteer.recipes.frame import execute
-from pysteer.recipes.prototype.judge import Judgement
 from pysteer.recipes.prototype.results import Measured
 
 SMALL = ("search_prompts=4", "prompts=4", "fit_pairs=4", "batch_size=8", "controls=1", "sheet_images=3")
 METHODS = "methods=prototype:clusters=3,mean_difference@text,affine_transport:rank=2@ca_block/late/sequential"
-
-
-class PixelJudge:
-    """Labels by the mean of a channel, features by pixels."""
-
-    def __init__(self, classifier: object) -> None:
-        pass
-
-    def __call__(self, images):
-        pixels = images.float()
-        bright = pixels[..., 0].mean((1, 2)) > pixels[..., 1].mean((1, 2))
-        colour = ["red" if bit else "blue" for bit in bright]
-        shape = ["square" if bit else "circle" for bit in pixels[..., 2].mean((1, 2)) > 127]
-        return Judgement({"shape": shape, "colour": colour, "background": ["none"] * len(shape)}, pixels.flatten(1))
 
 
 @pytest.fixture

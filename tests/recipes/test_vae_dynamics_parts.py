@@ -217,7 +217,8 @@ def _rank(rank: int, folder: str) -> None:
 def test_two_processes_train_nudge_and_resume_alike(tmp_path, monkeypatch):
     monkeypatch.setattr("pysteer.recipes.vae.model._WIDTHS", {"tiny": (8, 8)})
     torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    first, second, again, other = (torch.load(tmp_path / f"{rank}-{run}.pt") for run in range(2) for rank in range(2))
+    held = [tmp_path / f"{rank}-{run}.pt" for run in range(2) for rank in range(2)]
+    first, second, again, other = (torch.load(path, weights_only=True) for path in held)
     assert first["rows"] == second["rows"] != []
     for a in (second, again, other):
         assert all(torch.equal(x, y) for x, y in zip(first["weights"], a["weights"], strict=True))

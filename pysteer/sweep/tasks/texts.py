@@ -19,7 +19,7 @@ from pysteer.families.base import find_family
 from pysteer.models.load import load_model
 from pysteer.recipes.comparison.contenders import method_of
 from pysteer.recipes.config import config_hash
-from pysteer.recipes.prototype.generator import choose_device
+from pysteer.recipes.prototype.generator import choose_device, weights_mark
 from pysteer.steering import Plan
 from pysteer.sweep.axes import Axis
 from pysteer.sweep.parameters import FitRequest, fitted
@@ -170,10 +170,7 @@ class TextsEngine(Engine):
         settings = {name: getattr(setting, name) for name in ("max_new_tokens", "temperature", "top_p")}
         self.runs, self.share = runs_of(self.lm, settings), setting.share
         self.plans: dict[Any, tuple[Plan, str]] = {}
-        digest = hashlib.sha256()
-        for name, value in self.lm.model.state_dict().items():
-            digest.update(name.encode() + value.flatten()[:64].float().cpu().numpy().tobytes())
-        self.weights = digest.hexdigest()[:16]
+        self.weights = weights_mark(self.lm)
 
     def provenance(self) -> dict[str, Any]:
         return {"weights": self.weights, "device": self.device.type}
