@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -67,24 +66,14 @@ def start_seconds(root: Path) -> float:
 
 def page_seconds(root: Path) -> dict[str, list[float]]:
     """Times of every page, the first request (which reads the shards) apart."""
-    from pysteer.app.live import Live
-    from pysteer.app.server import Inspector, serve
-    from pysteer.app.store import Results
+    from pysteer.app.server import serve_in_background
 
-    opened, found = threading.Event(), []
-
-    def told(address: str) -> None:
-        found.append(address.rstrip("/"))
-        opened.set()
-
-    inspector = Inspector(Results(root), Live())
-    threading.Thread(target=serve, args=(inspector, "127.0.0.1", 0, told), daemon=True).start()
-    opened.wait(60)
+    address = serve_in_background(root)
     times: dict[str, list[float]] = {}
     for name, path in PAGES.items():
         for _ in range(ROUNDS + 1):
             start = time.perf_counter()
-            urllib.request.urlopen(found[0] + path, timeout=120).read()
+            urllib.request.urlopen(address + path, timeout=120).read()
             times.setdefault(name, []).append(time.perf_counter() - start)
     return times
 

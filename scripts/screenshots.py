@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -22,27 +21,11 @@ SHOTS = {
 }
 
 
-def serve_in_background(results: Path) -> str:
-    """Address of an inspector over `results`, which lives as long as this process."""
-    from pysteer.app.live import Live
-    from pysteer.app.server import Inspector, serve
-    from pysteer.app.store import Results
-
-    opened, found = threading.Event(), []
-
-    def told(address: str) -> None:
-        found.append(address.rstrip("/"))
-        opened.set()
-
-    inspector = Inspector(Results(results), Live())
-    threading.Thread(target=serve, args=(inspector, "127.0.0.1", 0, told), daemon=True).start()
-    opened.wait(120)
-    return found[0]
-
-
 def main() -> int:
     """Take the pictures."""
     from playwright.sync_api import sync_playwright
+
+    from pysteer.app.server import serve_in_background
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)

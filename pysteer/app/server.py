@@ -274,6 +274,24 @@ def link(page: str, query: Mapping[str, Any] | None = None, /, **changes: Any) -
     return f"{page}?{words}" if words else page
 
 
+def serve_in_background(results: Path) -> str:
+    """Serve a folder of results on a free port of 127.0.0.1 for as long as this process lives; returns the address."""
+    import threading
+
+    opened, found = threading.Event(), []
+
+    def told(address: str) -> None:
+        found.append(address.rstrip("/"))
+        opened.set()
+
+    threading.Thread(
+        target=serve, args=(Inspector(Results(results), Live()), "127.0.0.1", 0, told), daemon=True
+    ).start()
+    if not opened.wait(120):
+        raise InputError("inspector", value=str(results), allowed="one that answers within two minutes")
+    return found[0]
+
+
 def serve(inspector: Inspector, host: str, port: int, opened: Callable[[str], None] = lambda address: None) -> None:
     """Serve until interrupted. Port 0 takes a free one; `opened` is told the address once it answers."""
     import importlib
