@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import socket
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from side_by_side import run_ranks
 
 from pysteer.errors import InputError
 from pysteer.recipes.vae.config import DataPart
@@ -186,37 +188,10 @@ def test_planting_spreads_over_kinds_and_leaves_no_group_dead():
     assert plant(model, 0.0) == {}
 
 
-def _rank(rank: int, folder: str) -> None:
-    import os
-
-    from accelerate.state import AcceleratorState, PartialState
-
-    from pysteer.recipes.config import build_config, parse_words
-    from pysteer.recipes.vae.config import VaeDynamicsConfig
-    from pysteer.recipes.vae.trainer import Trainer
-
-    torch.set_num_threads(1)
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29731}
-    os.environ.update({key: str(value) for key, value in where.items()}, ACCELERATE_USE_CPU="true")
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    words = ["data.resolution=16", "data.batch_size=2", "training.max_train_steps=5", "model.plant=0.2", "device=cpu"]
-    words += ["tracking.track_interval=2", "intervention.intervention_interval=2", "saving.save_interval_steps=3"]
-    config = build_config(VaeDynamicsConfig, parse_words([*words, "logit_lens.enabled=false"]))
-    pixels = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    images = Images(16, lambda numbers: pixels[list(numbers)], "random")
-    for run in range(2):  # the second time from the checkpoint of step 3
-        trainer = Trainer(config, "nudge", 0, Path(folder) / "run", images, images)
-        trainer.run()
-        history = [window.moments for window in trainer.observers.monitor.history.windows("train")]
-        found = {"weights": [p.detach() for p in trainer.plain.parameters()], "rows": trainer.observers.nudger.rows()}
-        torch.save({**found, "last": history[-1]}, f"{folder}/{rank}-{run}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_nudge_and_resume_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr("pysteer.recipes.vae.model._WIDTHS", {"tiny": (8, 8)})
-    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+def test_two_processes_train_nudge_and_resume_alike(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    run_ranks(Path(__file__).parent / "rank_of_vae.py", str(tmp_path), str(port))
     held = [tmp_path / f"{rank}-{run}.pt" for run in range(2) for rank in range(2)]
     first, second, again, other = (torch.load(path, weights_only=True) for path in held)
     assert first["rows"] == second["rows"] != []

@@ -73,8 +73,7 @@ def test_two_drivers_cannot_have_one_folder(tmp_path):
         run_sweep(plan, tmp_path)
 
 
-def test_a_cell_that_kills_its_worker_fails_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYSTEER_START_METHOD", "fork")
+def test_a_cell_that_kills_its_worker_fails_alone(tmp_path):
     words = ["method=none,die", "seed=range(6)", "prompt=a"]
     plan = plan_sweep(TOY, [*words[:1], "seed=0", words[2]], Options(batch_size=2))
     outcome = run_sweep(plan, tmp_path, launch=Launch("processes", workers=1, threads=1, retries=1))
