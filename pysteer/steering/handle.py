@@ -11,7 +11,7 @@ from torch import Tensor
 from pysteer.errors import InputError, PysteerError
 from pysteer.steering.attach import Attachment, attach
 from pysteer.steering.part import Part
-from pysteer.steering.plan import Plan, SiteParameters
+from pysteer.steering.plan import Plan, SiteParameters, check_entries
 from pysteer.steering.positions import Positions, check_positions
 from pysteer.steering.stack import Stack, kind_of, lay, stacked
 from pysteer.steering.table import ALL_TOKENS, Table
@@ -86,8 +86,7 @@ class Handle:
         steps = self._rooms()
         self._plans = _listed(plan)
         self._stacks = stacked(self._plans)
-        for entry in (entry for plan in self._plans for entry in plan.entries):
-            entry.check(self._sites, steps)
+        check_entries((entry for plan in self._plans for entry in plan.entries), self._sites, steps)
         self._strength = self._checked(strength)
 
     def _build(self) -> None:
@@ -258,8 +257,7 @@ class Handle:
         """
         steps = self._rooms()
         plans = _listed(plan)
-        for entry in (entry for each in plans for entry in each.entries):
-            entry.check(self._sites, steps)
+        check_entries((entry for each in plans for entry in each.entries), self._sites, steps)
         tables = [(part, i) for part in self._parts.values() for i in range(len(part.tables))]
         kinds = [kind_of(part.stacks[i].first) for part, i in tables]
         try:

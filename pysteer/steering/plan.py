@@ -151,10 +151,11 @@ class PlanEntry:
             sites: the model's sites by name.
             steps: number of steps of each part.
         """
+        check_entries([self], sites, steps)
+
+    def _check_schedule(self, sites: Mapping[str, Site], steps: Mapping[str, int]) -> None:
+        """Raise an InputError unless steps and strengths fit the part of the site."""
         name = self.parameters.site
-        if name not in sites:
-            raise InputError("unknown site", value=name, allowed=brief(sites), fix=did_you_mean(name, sites))
-        self.parameters.check()
         count = steps[sites[name].part]
         own = self.parameters.steps
         scheduled = [step for step in self.schedule if step is not None]
@@ -173,6 +174,26 @@ class PlanEntry:
                 raise InputError(
                     f"strengths of site {name} at step {when}", value=values, allowed="two finite numbers: cond, uncond"
                 )
+
+
+def check_entries(entries: Iterable[PlanEntry], sites: Mapping[str, Site], steps: Mapping[str, int]) -> None:
+    """Raise an InputError unless entries fit a model; parameters that several rows share are looked at once.
+
+    Args:
+        entries: of one plan or of the plans of many rows.
+        sites: the model's sites by name.
+        steps: number of steps of each part.
+    """
+    seen: set[int] = set()
+    for entry in entries:
+        parameters = entry.parameters
+        if id(parameters) not in seen:
+            seen.add(id(parameters))
+            name = parameters.site
+            if name not in sites:
+                raise InputError("unknown site", value=name, allowed=brief(sites), fix=did_you_mean(name, sites))
+            parameters.check()
+        entry._check_schedule(sites, steps)
 
 
 class Plan:
