@@ -11,7 +11,7 @@ import typer
 
 import pysteer
 from pysteer.commands import add_commands
-from pysteer.commands.shared import Words, show_keys
+from pysteer.commands.shared import AsJson, Words, quiet_stdout, show_json, show_keys
 from pysteer.errors import InputError
 
 app = typer.Typer(
@@ -64,31 +64,45 @@ def run(
     run_name: Annotated[str | None, typer.Option("--name", help="Folder of this run.  [default: the recipe]")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace another run in the same folder.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the keys of the recipe with their defaults.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run an experiment; the same command continues a run that was interrupted.
 
     pysteer run methods generator=diffusion-shapes, pysteer run infinity-prototype variant=0 --name backwards
     """
-    from pysteer.recipes import execute, find_recipe, recipe_modules
+    from pysteer.recipes import execute, find_recipe, recipe_notes
 
     if name is None:
-        for known in sorted(recipe_modules()):
-            typer.echo(f"{known:24} {(find_recipe(known).function.__doc__ or '').strip().splitlines()[0]}")
+        _show_recipes(recipe_notes(), as_json)
         return
     if keys:
-        show_keys(find_recipe(name).config)
+        show_keys(find_recipe(name).config, as_json=as_json)
         return
     signal.signal(signal.SIGTERM, _terminate)
-    folder, summary = execute(
-        name,
-        words or [],
-        config_file=config,
-        values={"infinity": str(infinity)} if infinity is not None else None,
-        out=out,
-        run_name=run_name,
-        overwrite=overwrite,
-    )
+    with quiet_stdout(as_json):
+        folder, summary = execute(
+            name,
+            words or [],
+            config_file=config,
+            values={"infinity": str(infinity)} if infinity is not None else None,
+            out=out,
+            run_name=run_name,
+            overwrite=overwrite,
+        )
+    if as_json:
+        from pysteer import files
+
+        show_json({"folder": str(folder), **files.read_json(folder / "summary.json", "summary")})
+        return
     _show_result(folder, summary.best)
+
+
+def _show_recipes(notes: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        show_json([{"name": name, "note": note} for name, note in sorted(notes.items())])
+        return
+    for name, note in sorted(notes.items()):
+        typer.echo(f"{name:24} {note}")
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -116,12 +130,13 @@ def locate(
     run_name: Annotated[str | None, typer.Option("--name", help="Folder of this run.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace another run in the same folder.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the keys with their defaults.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the sites and steps that carry the difference between two prompts; short for `pysteer run locate`.
 
     pysteer locate 'pairs=red->blue'
     """
-    run("locate", words, out=out, run_name=run_name, overwrite=overwrite, keys=keys)
+    run("locate", words, out=out, run_name=run_name, overwrite=overwrite, keys=keys, as_json=as_json)
 
 
 @app.command()
@@ -130,6 +145,7 @@ def grid(
     words: Words = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only name the files.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the keys with their defaults.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a family of setup files, one for every combination of scales, layers and strengths.
 
@@ -138,12 +154,14 @@ def grid(
     from pysteer.recipes.grid import GridConfig, write_grid
 
     if keys:
-        show_keys(GridConfig)
+        show_keys(GridConfig, as_json=as_json)
         return
     if folder is None:
         raise InputError("missing folder", fix="write for example pysteer grid setup strength_cond=1,2,4")
     paths = write_grid(folder, words or [], dry_run=dry_run)
-    if dry_run:
+    if as_json:
+        show_json([str(path) for path in paths])
+    elif dry_run:
         typer.echo("\n".join(str(path) for path in paths))
     else:
         typer.echo(f"{len(paths)} setup files in {folder}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,6 +117,46 @@ def test_run_writes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
     summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
     assert summary["best"] == {"steps": 2, "rate": 0.5}
     assert read_values(tmp_path / "mine" / "config.yaml")["infinity"] == "w.yml"
+
+
+@pytest.mark.usefixtures("toy")
+def test_run_prints_its_summary_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("run", "toy", "steps=2", "--out", str(tmp_path), "--json")
+    assert call(*arguments) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "folder": str(tmp_path / "toy"),
+        **json.loads((tmp_path / "toy" / "summary.json").read_text()),
+    }
+    assert json.loads(printed.out)["best"] == {"steps": 2, "rate": 0.5}
+    assert "finished in" in printed.err
+    assert call("run", "toy", "fail=true", "--out", str(tmp_path / "other"), "--json") == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("toy")
+def test_lists_are_json_where_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(*arguments: str) -> Any:
+        assert call(*arguments, "--json") == 0, arguments
+        return json.loads(capsys.readouterr().out)
+
+    keys = {row["key"]: row for row in asked("run", "toy", "--keys")}
+    assert (keys["steps"]["default"], keys["steps"]["allowed"]) == (3, "a whole number")
+    assert keys["infinity"]["default"] is None
+    names = {row["name"]: row["note"] for row in asked("run")}
+    assert set(names) == set(frame.recipe_modules())
+    for name, note in names.items():  # read without importing, and yet what the function says
+        assert note == (frame.find_recipe(name).function.__doc__ or "").strip().splitlines()[0]
+    assert "clusters" in {row["key"] for row in asked("fit", "prototype", "out", "--keys")}
+    assert all(row["note"] for row in asked("fit", "linear_act", "out", "--keys"))
+    assert "strength" in {row["key"] for row in asked("sweep", "images", "--keys")}
+    assert asked("convert", "--kind", "ml-act", "--keys")
+    files = asked("grid", str(tmp_path / "setup"), "strength_cond=1,2", "--dry-run")
+    assert len(files) == 2
+    assert not (tmp_path / "setup").exists()
+    found = asked("data", "list", "--folder", str(tmp_path))
+    assert found["concepts"]
+    assert not any(each["here"] for each in found["data_sets"])
 
 
 @pytest.mark.usefixtures("toy")

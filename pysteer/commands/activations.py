@@ -62,6 +62,7 @@ def fit_command(
     target_label: Annotated[str | None, typer.Option(help="Class of the target within its folder.")] = None,
     paired: Annotated[bool, typer.Option("--paired", help="Prompt i of one belongs to prompt i of the other.")] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the options of the method with their defaults.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --keys: print JSON.")] = False,
 ) -> None:
     """Fit a method from what `pysteer capture` kept.
 
@@ -73,7 +74,7 @@ def fit_command(
 
     create(method)  # says which methods there are
     if keys:
-        show_keys(REGISTRY[method])
+        show_keys(REGISTRY[method], as_json=as_json)
         return
     if source is None or target is None:
         raise InputError("missing source or target", fix="give --source FOLDER and --target FOLDER")

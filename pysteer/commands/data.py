@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pysteer.commands.shared import progress_bars
+from pysteer.commands.shared import AsJson, progress_bars, show_json
 from pysteer.errors import InputError
 
 app = typer.Typer()
@@ -16,13 +16,17 @@ Folder = Annotated[Path | None, typer.Option(help="Folder of all data sets.  [de
 
 
 @data.command("list")
-def list_command(folder: Folder = None) -> None:
+def list_command(folder: Folder = None, as_json: AsJson = False) -> None:
     """What ships and what can be fetched."""
     from pysteer.data.concepts import concept_names
     from pysteer.data.downloads import DATASETS, here
     from pysteer.data.tasks import data_folder
 
     place = folder or data_folder()
+    if as_json:
+        sets = [{"name": name, "here": here(each, place), "note": each.note} for name, each in DATASETS.items()]
+        show_json({"concepts": concept_names(), "data_sets": sets})
+        return
     typer.echo(f"concepts that ship: {', '.join(concept_names())}")
     for name, each in DATASETS.items():
         typer.echo(f"{name}  {'here' if here(each, place) else 'not here'}  {each.note}")

@@ -1,15 +1,38 @@
 """What several commands share: words, the listing of keys, and progress bars."""
 
+import contextlib
 import json
+import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 Words = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace defaults.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, all else on stderr.")]
 
 
-def show_keys(kind: type, prefix: str = "") -> None:
+def show_json(value: Any) -> None:
+    """Print plain values (see `pysteer.files.plain`) as JSON."""
+    from pysteer.files import plain
+
+    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def quiet_stdout(wanted: bool = True) -> Iterator[None]:
+    """What the block prints goes to stderr, so that stdout holds the JSON behind it alone."""
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
+
+
+def show_keys(kind: type, prefix: str = "", *, as_json: bool = False) -> None:
     """Print the fields of a configuration dataclass with defaults and notes, those of nested ones as `field.key`."""
+    if as_json:
+        from pysteer.recipes.config import describe_fields
+
+        show_json(describe_fields(kind, prefix))
+        return
     import dataclasses
     import typing
 

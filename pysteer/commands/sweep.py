@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pysteer.commands.shared import Words, progress_bars, show_keys
+from pysteer.commands.shared import AsJson, Words, progress_bars, quiet_stdout, show_json, show_keys
 from pysteer.errors import InputError
 
 app = typer.Typer()
@@ -37,20 +37,21 @@ def sweep_command(
         bool, typer.Option("--dry-run", help="Only say what would be done, and how long it takes.")
     ] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List the keys of the task with their defaults.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Run every combination of values, many to a batch; the same command continues a sweep that was interrupted."""
+    """Run every combination of values, many to a batch; the same command continues a sweep that was interrupted.
+
+    pysteer sweep images 'pair=red->blue' method=prototype strength=0,1,2 site=ca prompts=8, pysteer sweep images --keys
+    """
     import signal
 
     from pysteer.sweep.driver import Launch, run_sweep
     from pysteer.sweep.plan import Options, plan_sweep
-    from pysteer.sweep.tasks.base import find_task
 
     if task is None:
         raise InputError("missing task", allowed="images, texts, a recipe, or MODULE:CLASS", fix="pysteer sweep images")
     if keys:
-        show_keys(find_task(task).setting)
-        for option, note in find_task(task).options().items():
-            typer.echo(f"{option}=  ({note})")
+        _show_task_keys(task, as_json)
         return
     launch = Launch(launcher, workers, threads, minutes, partition, gpus, wait=wait)
     groups = tuple(tuple(part.strip() for part in group.split(",")) for group in zipped or ())
@@ -61,17 +62,53 @@ def sweep_command(
     if adaptive is not None:
         from pysteer.sweep.adaptive import search_command
 
+        if as_json:
+            raise InputError("--json", value="with --adaptive", fix="pysteer results --json afterwards")
         search_command(adaptive, task, words or [], options, folder, launch)
         return
     plan = plan_sweep(task, words or [], options)
     if dry_run:
-        from pysteer.sweep.estimate import estimate
-
-        for line in estimate(plan, folder, launch).lines():
-            typer.echo(line)
+        _show_estimate(plan, folder, launch, as_json)
         return
-    with progress_bars().follow("cells", len(plan)) as show:
+    with quiet_stdout(as_json), progress_bars().follow("cells", len(plan)) as show:
         done = run_sweep(plan, folder, launch=launch, words=words or [], retry_failed=retry_failed, show=show)
+    _show_outcome(done, folder, as_json)
+
+
+def _show_task_keys(task: str, as_json: bool) -> None:
+    from pysteer.recipes.config import describe_fields
+    from pysteer.sweep.tasks.base import find_task
+
+    found = find_task(task)
+    if as_json:
+        rows = [{"key": key, "note": note} for key, note in found.options().items()]
+        show_json([*describe_fields(found.setting), *rows])
+        return
+    show_keys(found.setting)
+    for option, note in found.options().items():
+        typer.echo(f"{option}=  ({note})")
+
+
+def _show_estimate(plan: Any, folder: Path, launch: Any, as_json: bool) -> None:
+    import dataclasses
+
+    from pysteer.sweep.estimate import estimate
+
+    with quiet_stdout(as_json):
+        found = estimate(plan, folder, launch)
+    if as_json:
+        show_json({**dataclasses.asdict(found), "seconds": found.seconds})
+        return
+    for line in found.lines():
+        typer.echo(line)
+
+
+def _show_outcome(done: Any, folder: Path, as_json: bool) -> None:
+    import dataclasses
+
+    if as_json:
+        show_json({"folder": str(folder), **dataclasses.asdict(done)})
+        return
     for each in done.damaged:
         typer.echo(f"set aside: {each.name}, {each.reason}; its cells ran again")
     before = f", {done.finished_before} finished before" if done.finished_before else ""

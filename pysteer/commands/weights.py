@@ -83,6 +83,7 @@ def convert_command(
     ema: Annotated[bool | None, typer.Option("--ema", help="Take the moving average of a checkpoint.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type to store: keep, fp32, bf16 or fp16.")] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List the options of the kind with their defaults.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --keys: print JSON.")] = False,
 ) -> None:
     """Convert weights, maps, vectors and autoencoders of others to safetensors; maps and vectors also back.
 
@@ -95,7 +96,7 @@ def convert_command(
 
     chosen = find_kind(kind)
     if keys:
-        show_keys(chosen.options)
+        show_keys(chosen.options, as_json=as_json)
         return
     if source is None or out is None:
         raise InputError("missing source or target", fix="write pysteer convert SOURCE OUT --kind ...")

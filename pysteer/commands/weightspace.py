@@ -176,6 +176,7 @@ def nearest_command(
     adapter: Annotated[str, typer.Argument(help="Name of an adapter.")],
     count: Annotated[int, typer.Option(help="How many.")] = 5,
     cache: Cache = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """The adapters whose changes are most similar to those of one: cosine and name."""
     from pysteer.weightspace.canonical import nearest
@@ -183,7 +184,14 @@ def nearest_command(
     adapters = _open(folder, cache)
     cosines, index = nearest(adapters, count)
     own = _index(adapters, adapter)
-    for cosine, other in zip(cosines[own].tolist(), index[own].tolist(), strict=True):
+    found = list(zip(cosines[own].tolist(), index[own].tolist(), strict=True))
+    if as_json:
+        import json
+
+        rows = [{"cosine": c, "label": adapters.labels[i], "name": adapters.names[i]} for c, i in found]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for cosine, other in found:
         typer.echo(f"{cosine:7.4f}  {adapters.labels[other] or '(no class)'}  {adapters.names[other]}")
 
 

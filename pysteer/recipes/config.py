@@ -261,21 +261,42 @@ def _convert_scalar(value: Any, hint: Any, key: str) -> Any:
 
 
 def field_notes(kind: type) -> dict[str, str]:
-    """What the `Attributes:` part of a class docstring says about each field, joined to one line; bases first."""
-    lines = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2].splitlines()
+    """What the `Attributes:` or `Args:` part of a class docstring says about each field, on one line; bases first.
+
+    Fields that share a note stand before one colon, with commas between.
+    """
+    lines = re.split(r"^(?:Attributes|Args):\n", inspect.cleandoc(kind.__doc__ or ""), maxsplit=1, flags=re.MULTILINE)
     bases = [base for base in kind.__bases__ if dataclasses.is_dataclass(base)]
     notes: dict[str, str] = {name: note for base in bases for name, note in field_notes(base).items()}
-    name = ""
-    for line in lines:
-        start = re.match(r"    (\w+): (.*)", line)
+    names: list[str] = []
+    for line in lines[1].splitlines() if len(lines) > 1 else ():
+        start = re.match(r"    (\w+(?:, \w+)*): (.*)", line)
         if start:
-            name = start[1]
-            notes[name] = start[2].strip()
-        elif name and line.startswith("        "):
-            notes[name] += " " + line.strip()
+            names = start[1].split(", ")
+            notes |= dict.fromkeys(names, start[2].strip())
+        elif names and line.startswith("        "):
+            notes |= {name: f"{notes[name]} {line.strip()}" for name in names}
         else:
             break
     return notes
+
+
+def describe_fields(kind: type, prefix: str = "") -> list[dict[str, Any]]:
+    """The fields of a configuration dataclass, those of nested ones as `field.key`.
+
+    Returns:
+        A row per field: `key`, `default` as a plain value, `allowed` in words, `note` from the docstring.
+    """
+    hints, notes, defaults = typing.get_type_hints(kind), field_notes(kind), config_values(kind())
+    rows: list[dict[str, Any]] = []
+    for field in dataclasses.fields(kind):
+        hint, key = hints[field.name], prefix + field.name
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            rows += describe_fields(hint, f"{key}.")
+        else:
+            note = notes.get(field.name, "")
+            rows.append({"key": key, "default": defaults[field.name], "allowed": describe(hint), "note": note})
+    return rows
 
 
 def config_values(config: Any) -> dict[str, Any]:

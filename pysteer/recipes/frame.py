@@ -16,6 +16,7 @@ A recipe is one file in this folder:
         return Summary(best={...})
 """
 
+import ast
 import dataclasses
 import hashlib
 import importlib
@@ -109,6 +110,23 @@ def recipe_modules() -> dict[str, str]:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         for name in _DECLARED.findall(source.read_text(encoding="utf-8")):
             found[name] = f"pysteer.recipes.{source.stem}"
+    return found
+
+
+def recipe_notes() -> dict[str, str]:
+    """Name -> first line of the docstring of every recipe, read from the files of this folder: nothing is imported."""
+    found = {}
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        text = source.read_text(encoding="utf-8")
+        if not _DECLARED.search(text):
+            continue
+        for node in ast.parse(text).body:
+            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "recipe":
+                    first = mark.args[0]
+                    assert isinstance(first, ast.Constant)
+                    assert isinstance(node, ast.FunctionDef)
+                    found[str(first.value)] = (ast.get_docstring(node) or "").partition("\n")[0]
     return found
 
 
