@@ -1,10 +1,12 @@
 """The documentation holds: blocks of code run, commands exist, error messages are those of the code, links lead on."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"(?:<!-- test: ([^>]*?) -->\n)?^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _MADE = ("recipes.md", "performance.md", "api.md")
 # Blocks of the README that are run by hand: real weights, and what scripts/demo.sh and the recipes' tests cover.
@@ -29,8 +31,13 @@ def blocks(kind):
     ]
 
 
+def short(page):
+    """The page below docs/, or README.md."""
+    return str(page.relative_to(ROOT)).removeprefix("docs/")
+
+
 def name_of(block):
-    return f"{block[0].name}-{block[1]}"
+    return f"{short(block[0])}-{block[1]}"
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=name_of)
@@ -47,9 +54,9 @@ def sessions():
     """Blocks that are run, one after the other where they share a session."""
     found = {}
     for page, number, mark, text in blocks("python"):
-        if page.name in _LONG or mark.startswith("skip"):
+        if short(page) in _LONG or mark.startswith("skip"):
             continue
-        found.setdefault((page.name, mark or f"block {number}"), []).append(text)
+        found.setdefault((short(page), mark or f"block {number}"), []).append(text)
     return sorted(found.items())
 
 
@@ -169,21 +176,21 @@ def test_pages_link_to_what_exists():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_recipe_reference_names_every_key_of_every_recipe():
+def test_pages_of_recipes_name_every_key():
     import docs_pages
 
     from pysteer.recipes.config import config_values
     from pysteer.recipes.frame import find_recipe, recipe_modules
 
-    text = docs_pages.recipes_page()
+    overview = docs_pages.recipes_page()
     for name in recipe_modules():
-        section = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
-        assert section, name
+        assert f"(recipes/{name}.md)" in overview
+        text = (ROOT / "docs" / "recipes" / f"{name}.md").read_text(encoding="utf-8")
         for key in config_values(find_recipe(name).config()):
-            assert f"`{key}" in section, f"{name}: {key}"
-    for line in text.splitlines():
-        if line.startswith("| `"):
-            assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
+            assert f"`{key}" in text, f"{name}: {key}"
+        for line in text.splitlines():
+            if line.startswith("| `"):
+                assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
 
 
 def test_performance_page_shows_stored_figures_alone():
@@ -203,7 +210,82 @@ def test_methods_page_names_every_method():
     from pysteer.methods import REGISTRY
 
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert [name for name in REGISTRY if f"`{name}`" not in text] == []
+    assert [name for name in REGISTRY if f"[`{name}`](methods/{name}.md)" not in text] == []
+
+
+def families():
+    from pysteer.families import base
+
+    with pytest.raises(base.InputError):
+        base.find_family(object())  # imports all of them
+    return [family.name for family in base._FAMILIES if family.__class__.__module__.startswith("pysteer.")]
+
+
+def test_every_method_family_and_recipe_has_a_page_in_the_menu_that_is_not_stale():
+    import docs_blocks
+
+    from pysteer.methods import REGISTRY
+    from pysteer.recipes import recipe_modules
+
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    wanted = {
+        ("method", "methods"): REGISTRY,
+        ("family", "families"): families(),
+        ("recipe", "recipes"): recipe_modules(),
+    }
+    for (kind, folder), names in wanted.items():
+        pages = sorted(path.stem for path in (ROOT / "docs" / folder).glob("*.md"))
+        assert pages == sorted(names), folder
+        for name in pages:
+            text = (ROOT / "docs" / folder / f"{name}.md").read_text(encoding="utf-8")
+            assert f"<!-- made: {kind} {name} -->" in text
+            assert docs_blocks.fill(text) == text, f"{folder}/{name}.md is stale: python scripts/docs_blocks.py write"
+            assert f"- {folder}/{name}.md\n" in menu
+            if kind != "recipe":
+                assert "## Example" in text
+                assert len(text.partition("raps\n")[2].strip()) > 100  # what goes wrong, said by hand
+
+
+def test_a_page_that_is_stale_is_found(tmp_path, monkeypatch, capsys):
+    import docs_blocks
+
+    page = tmp_path / "docs" / "methods" / "aura.md"
+    page.parent.mkdir(parents=True)
+    kept = (ROOT / "docs" / "methods" / "aura.md").read_text(encoding="utf-8")
+    page.write_text(kept.replace("AUROC is above 0.5", "AUROC is above 0.4"), encoding="utf-8")
+    monkeypatch.setattr(docs_blocks, "ROOT", tmp_path)
+    monkeypatch.setattr(docs_blocks, "DOCS", tmp_path / "docs")
+    assert docs_blocks.main("check") == 1
+    assert capsys.readouterr().out == "stale: docs/methods/aura.md\n"
+    assert docs_blocks.main("write") == 0
+    assert page.read_text(encoding="utf-8") == kept
+    assert docs_blocks.main("check") == 0
+
+
+def test_the_site_shows_notebooks_and_no_link_that_leaves_it():
+    import docs_pages
+
+    text = docs_pages.site_page((ROOT / "docs" / "recipes" / "sae.md").read_text(encoding="utf-8"), "recipes/sae.md")
+    assert "](../notebooks/sae.ipynb)" in text
+    assert 'execute("sae", words' in text
+    for page in PAGES[1:]:
+        shown = docs_pages.site_page(page.read_text(encoding="utf-8"), short(page))
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", shown):
+            if not target.startswith(("http", "mailto:")) and "notebooks/" not in target:
+                assert (page.parent / target).resolve().is_relative_to(ROOT / "docs"), f"{short(page)}: {target}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for name in ("material", "mkdocstrings", "mkdocs"):
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install -e '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("methods/prototype", "families/diffusers", "recipes/sae", "recipes", "api", "performance"):
+        assert (tmp_path / "site" / f"{name}.html").stat().st_size > 5000
 
 
 def test_the_picture_of_the_steering_table_is_that_of_a_table():
