@@ -133,10 +133,21 @@ def _row(row: dict[str, Any]) -> list[str]:
     return [f"`{row['key']}`", shown, row["allowed"], row["note"]]
 
 
+def _cell(text: str) -> str:
+    """Text for a cell: bars and angle brackets are escaped, bars in code as entities, which every reader takes."""
+
+    def code(found: re.Match[str]) -> str:
+        return f"<code>{found[1].replace('<', '&lt;').replace('|', '&#124;')}</code>" if "|" in found[1] else found[0]
+
+    parts = re.split(r"(`[^`]*`)", text)
+    plain = [p if p.startswith("`") else p.replace("|", "\\|").replace("<", "&lt;") for p in parts]
+    return "".join(re.sub(r"^`([^`]*)`$", code, part) for part in plain)
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; bars and angle brackets in cells are escaped."""
+    """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in row) + " |" for row in rows]
+    lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
     return "\n".join(lines)
 
 

@@ -133,7 +133,7 @@ def site_page(markdown: str, source: str) -> str:
     text = docs_blocks.fill(markdown)
     folder, name = Path(source).parent, Path(source).stem
     if folder.name == "recipes":
-        text += notebook_part(name)
+        text = text.replace("\n## Keys\n", f"{notebook_part(name)}\n## Keys\n")
 
     def mend(link: re.Match[str]) -> str:
         place = (ROOT / "docs" / folder / link[2]).resolve()
