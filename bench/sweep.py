@@ -5,9 +5,9 @@
 
 64 settings x 8 prompts on the bundled Infinity: two sites, four ranges of scales, eight strengths. The sequential way
 generates the 8 unsteered images and then the 8 steered ones of every setting, steered by a forward hook in plain torch
-as the published steering code does it. It is measured on some of the settings and counted for all of them; loading,
-fitting, judging and storing are left out there. The sweep is measured as `pysteer sweep` runs it, with judging and
-storing: rows packed, then with shared prefixes, then in one process per core.
+as the published steering code does it. It is measured on some of the settings and counted for all of them; judging and
+storing are left out there. The sweep is measured as `pysteer sweep` runs it, with judging and storing. Loading (but for
+processes, which load for themselves) and fitting are left out everywhere. Rows packed, then with shared prefixes, then in one process per core.
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ def timed(name: str, out: Path, own: list[str], launch: Launch) -> dict[str, Any
     plan = plan_sweep("images", own, Options())
     Store(folder).create(plan.mark(own))
     _copy(fits, folder / "fits")
+    if launch.launcher == "local":  # loading is left out, as it is of the sequential way
+        plan.check()
     start, cpu = time.perf_counter(), _processor_seconds()
     outcome = run_sweep(plan, folder, launch=launch)
     seconds, used = time.perf_counter() - start, _processor_seconds() - cpu

@@ -211,7 +211,8 @@ class Handle:
 
         Args:
             part: the part of the model that is about to run.
-            cond, uncond: numbers of rows; one is zero or both are equal.
+            cond, uncond: numbers of rows; one is zero or both are equal. Several prompts may share an unconditional row
+                where nothing acts on those: there are fewer of them then.
             lengths: int `[cond + uncond]`, how many tokens of each row count (layout "tokens"), or `[cond + uncond,
                 2]` the first and the one behind the last; None for all.
 
@@ -221,8 +222,10 @@ class Handle:
         state = self._parts.get(part)
         if state is None:
             return
-        if min(cond, uncond) < 0 or (cond != uncond and 0 not in (cond, uncond)) or cond + uncond == 0:
-            raise InputError(f"rows of part {part}", value=(cond, uncond), allowed="(B, B), (B, 0) or (0, B)")
+        shared = 0 < uncond < cond and not self._acts_on_uncond()
+        if min(cond, uncond) < 0 or (cond != uncond and 0 not in (cond, uncond) and not shared) or cond + uncond == 0:
+            allowed = "(B, B), (B, 0) or (0, B), or (B, less than B) where the plan leaves unconditional rows alone"
+            raise InputError(f"rows of part {part}", value=(cond, uncond), allowed=allowed)
         if lengths is not None and len(lengths) != cond + uncond:
             raise InputError(f"lengths of part {part}", value=len(lengths), allowed=f"{cond + uncond}, one per row")
         if self._family.announced or lengths is not None:  # not at every token of a generation
@@ -274,6 +277,10 @@ class Handle:
             part.tables[i].load(part.stacks[i])
         self._plans = plans
         self._rewrite()
+
+    def _acts_on_uncond(self) -> bool:
+        entries = (entry for plan in self._plans for entry in plan.entries)
+        return any(uncond != 0 for entry in entries for _, uncond in entry.schedule.values())
 
     def _unplaced(self, new: SiteParameters) -> InputError:
         """The error for an entry of an update that no table can take; raises a more telling one where there is."""

@@ -57,7 +57,9 @@ class Part:
             with torch.inference_mode(False):
                 self.mask = torch.zeros(room, dtype=torch.bool, device=self.device)
         chosen = self.positions.to(self.device)
-        chosen = torch.cat((chosen, chosen)) if self.cond and self.uncond else chosen
+        if self.cond and self.uncond:  # unconditional rows that prompts share are left alone whatever the mask says
+            other = chosen[: self.uncond]
+            chosen = torch.cat((other, chosen) if self.uncond_first else (chosen, other))
         self.mask[: len(chosen)].copy_(chosen)
         for table in self.tables:
             table.mask = self.mask if table.site.layout == "tokens" else None

@@ -190,11 +190,16 @@ class Table:
         choice = [self.choice.expand(-1, cond)] if cond else []
         if uncond:
             place = 0 if uncond_first else len(pieces)
-            pieces.insert(place, self.schedule[1].expand(-1, uncond))
-            choice.insert(place, self.choice.expand(-1, uncond))
+            shared = cond > 0 and uncond != cond  # by several prompts; nothing acts on them
+            own, sets = self.schedule[1], self.choice
+            if shared:
+                own, sets = torch.zeros_like(own[:, :1]), sets[:, :1]
+            pieces.insert(place, own.expand(-1, uncond))
+            choice.insert(place, sets.expand(-1, uncond))
         base = torch.cat(pieces, dim=1)
         if isinstance(factor, Tensor) and cond and uncond:
-            factor = torch.cat([factor, factor], dim=-1)
+            other = factor if cond == uncond else factor.new_ones(*factor.shape[:-1], uncond)
+            factor = torch.cat([other, factor] if uncond_first else [factor, other], dim=-1)
         self.strength.zero_()
         self.strength[:, :rows].copy_(base * factor)
         self.slot.zero_()

@@ -2,7 +2,8 @@
 
 Two rows go the same way up to step s when prompt, noise and everything that steers them at the steps before s are the
 same. The rows of a batch thus form a tree; every level of it is one segment of the generation, run over one row per
-branch. Steering is attached for each segment with what acts in it alone, a plan per branch.
+branch. Steering is attached for each segment with what acts in it alone, a plan per branch. At the step where branches
+part, their unconditional rows still see the same inputs: where nothing steers those, they are run once as well.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class State(Protocol):
 
     def advance(self, until: int) -> Any: ...
 
-    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None) -> Any: ...
+    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None, *, twins: bool = False) -> Any: ...
 
 
 class Runs(Protocol):
@@ -50,11 +51,13 @@ class Runs(Protocol):
         model: what `steer` takes.
         steps: S, how many steps its rows can differ from.
         weights: what each step costs per row, in any unit.
+        twins: whether a fork may let branches share their unconditional rows at the step where they part.
     """
 
     model: Any
     steps: int
     weights: list[float]
+    twins: bool
 
     def begin(self, rows: Sequence[Row]) -> State:
         """The generation of rows before the first step; whatever steers the text is up to this."""
@@ -140,6 +143,7 @@ def generate(runs: Runs, rows: Sequence[Row], *, share: bool = True) -> Shared:
     counts = [max(level) + 1 for level in tree]
     cuts = [0, *(s for s in range(1, runs.steps) if counts[s] > counts[s - 1]), runs.steps]
     state: Any = None
+    saved = 0.0  # by unconditional rows that branches still share at the step where they part
     for start, end in pairwise(cuts):
         firsts = _firsts(tree[start])
         chosen = [rows[i] for i in firsts]
@@ -147,11 +151,18 @@ def generate(runs: Runs, rows: Sequence[Row], *, share: bool = True) -> Shared:
             state = runs.begin(chosen)
         else:
             parents = torch.tensor([tree[start - 1][i] for i in firsts])
-            state = state.fork(parents, [row.noise for row in chosen])
+            twins = runs.twins and not any(_acts_on_uncond(row.plan, runs, start) for row in chosen)
+            state = state.fork(parents, [row.noise for row in chosen], twins=twins)
+            saved += (len(firsts) - counts[start - 1]) / 2 * runs.weights[start] if twins else 0
         with steering(runs, [runs.attached(row.plan, range(start, end)) for row in chosen]):
             state.advance(end)
-    work = sum(count * weight for count, weight in zip(counts, runs.weights, strict=True))
+    work = sum(count * weight for count, weight in zip(counts, runs.weights, strict=True)) - saved
     return Shared(state, torch.tensor(tree[-1]), (work, len(rows) * sum(runs.weights)))
+
+
+def _acts_on_uncond(plan: Plan, runs: Runs, step: int) -> bool:
+    entries = during(plan, runs, range(step, step + 1)).entries
+    return any(uncond != 0 for entry in entries for _, uncond in entry.schedule.values())
 
 
 def _firsts(numbers: Iterable[int]) -> list[int]:

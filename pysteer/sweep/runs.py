@@ -39,6 +39,9 @@ class InfinityRuns:
         schedule = list(settings.get("scales") or pipe.transformer.schedule)
         self.steps, self.weights = len(schedule), [float(h * w) for h, w in schedule]
         self.parts = {name: site.part for name, site in find_family(pipe).sites(pipe).items()}
+        guidance = self.settings.get("cfg", pipe.defaults["cfg"])
+        guided = guidance != 1 if isinstance(guidance, int | float) else any(factor != 1 for factor in guidance)
+        self.twins = guided and all(item == 0 for item in self.settings.get("cfg_insertion_layer", (0,)))
 
     def steps_of(self, site: str, segment: range) -> Sequence[int]:
         if self.parts.get(site) == "text":
@@ -86,13 +89,16 @@ class _Scales:
             self.decoding = self.runs.model.begin(self.text, seeds=self.seeds, **self.runs.settings)
         return self.decoding.advance(until)
 
-    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None) -> _Scales:
+    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None, *, twins: bool = False) -> _Scales:
         own = [self.seeds[i] for i in rows.tolist()] if seeds is None else list(seeds)
-        return _Scales(self.runs, self.text, own, self.decoding.fork(rows, torch.tensor(own, dtype=torch.int64)))
+        forked = self.decoding.fork(rows, torch.tensor(own, dtype=torch.int64), twins=twins)
+        return _Scales(self.runs, self.text, own, forked)
 
 
 class DiffusionRuns:
     """Steps are those of denoising; what steers a text encoder acts in all of them, the autoencoder in the last."""
+
+    twins = False  # a pipeline lays out its rows itself
 
     def __init__(self, generator: Any, settings: Mapping[str, Any], decode: bool) -> None:
         self.model, self.settings, self.decode = generator, dict(settings), decode
@@ -137,7 +143,7 @@ class _Steps:
     def advance(self, until: int) -> Any:
         return self.inner.advance(None if until == self.runs.steps else until)
 
-    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None) -> _Steps:
+    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None, *, twins: bool = False) -> _Steps:
         return _Steps(self.inner.fork(rows, seeds), self.runs)
 
 
@@ -145,6 +151,7 @@ class TextRuns:
     """Two steps: reading the prompt, and writing."""
 
     steps = 2
+    twins = False  # there are no unconditional rows
 
     def __init__(self, lm: Any, settings: Mapping[str, Any]) -> None:
         self.model, self.settings = lm, dict(settings)
@@ -179,5 +186,5 @@ class _Texts:
     def advance(self, until: int) -> Any:
         return self.writing.read() if until == 1 else self.writing.write()
 
-    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None) -> _Texts:
+    def fork(self, rows: Tensor, seeds: Sequence[int] | None = None, *, twins: bool = False) -> _Texts:
         return _Texts(self.writing.fork(rows, seeds))

@@ -57,6 +57,28 @@ def test_infinity_rows_are_the_same_tokens_packed_shared_and_alone():
     assert len(by_plan) == 9  # four plans at strength 0 are one image, the eight others differ
 
 
+@pytest.mark.parametrize(("uncond", "cfg"), [(0.0, 3.0), (0.7, 3.0), (0.0, 1.0), (0.0, [3.0, 3.0, 1.0])])
+def test_unconditional_rows_are_shared_at_the_step_where_branches_part_unless_they_are_steered(uncond, cfg):
+    pipe = tiny_infinity.tiny_pipeline()
+    late = [shift(f"ca.{i}", tiny_infinity.WIDTH, (0, 1, 2), i) for i in range(3)]
+    rows = [
+        Row("a red circle", 5, Plan(late, {f"ca.{i}": {1: (s, uncond * s), 2: (s, 0.0)} for i in range(3)}))
+        for s in (0.0, 2.0, 4.0, 6.0)
+    ]
+    announced = []
+    pipe.transformer.row_listeners.append(lambda part, cond, uncond, lengths: announced.append((cond, uncond)))
+    runs = runs_of(pipe, {"tau": 1.0, "top_p": 1.0, "cfg": cfg})
+    shared = generate(runs, rows)
+    seen = announced.copy()
+    apart = generate(runs, rows, share=False)
+    sharing = uncond == 0 and cfg != 1.0
+    assert ((4, 1) in seen) == sharing
+    assert shared.work[0] == apart.work[0] - 3 * runs.weights[0] - (1.5 * runs.weights[1] if sharing else 0)
+    for level, (a, b) in enumerate(zip(shared.state.decoding.bits, apart.state.decoding.bits, strict=True)):
+        assert torch.equal(a[shared.index], b), level
+    assert len({tuple(row.flatten().tolist()) for row in apart.state.decoding.bits[2]}) >= 3
+
+
 def test_a_row_does_not_depend_on_batch_mates_or_its_place():
     pipe, rows = infinity_rows()
     runs = runs_of(pipe, {})

@@ -97,6 +97,7 @@ class Decoding:
         self.finite = torch.ones(self.batch, dtype=torch.bool, device=self.x.device)
         self.bits: list[Tensor] = []
         self.at = self.start = 0
+        self.twin: Tensor | None = None  # which unconditional row each image has, where images share them
 
     def _announce(self) -> None:
         self._announced = self.rows
@@ -124,7 +125,7 @@ class Decoding:
         rope = model.rope(self.schedule)[:, self.start : self.start + h * w]
         out = self.run(self.x, model.clock, self.condition, rope, self.caches, self.start, guidance, insertion)
         self.start += h * w
-        logits = _guided_logits(model, out, self.condition.pooled, self.batch, self.cfgs[i], self.on_logits)
+        logits = self._logits(out, self.cfgs[i])
         logits = logits / self.taus[i]
         self.finite &= torch.isfinite(logits.sum((1, 2)))
         if self.on_scale is not None:
@@ -140,22 +141,46 @@ class Decoding:
         self.summed = self.quantiser.accumulate(self.summed, bits, i)
         self.at += 1
         if self.at < len(self.schedule):
+            self._part_twins()
             self.x = model.embed(self.quantiser.next_input(self.summed, self.at), self.rows)
         else:
             self.caches = []  # the decoder needs the memory
 
+    def _logits(self, x: Tensor, cfg: float) -> Tensor:
+        """Logits of the images ``[B, L, 2 d]``: ``cfg * cond + (1 - cfg) * uncond`` where guidance acts on them."""
+        if cfg == 1 or not self.on_logits:
+            return self.model.logits(x[: self.batch], self.condition.pooled[: self.batch])
+        logits = self.model.logits(x, self.condition.pooled)
+        cond, uncond = logits[: self.batch], logits[self.batch :]
+        return cfg * cond + (1 - cfg) * (uncond if self.twin is None else uncond[self.twin])
+
+    def _part_twins(self) -> None:
+        """Give every image an unconditional row of its own again: from now on their inputs differ."""
+        if self.twin is None:
+            return
+        both = torch.cat([torch.arange(self.batch, device=self.x.device), self.batch + self.twin])
+        self.condition = self.condition.take(both)
+        self.caches = [cache.take(both, self.start) for cache in self.caches]
+        self.rows, self.twin = len(both), None
+        self._announce()
+
     @torch.no_grad()
-    def fork(self, rows: Tensor, seeds: Tensor | None = None) -> Decoding:
+    def fork(self, rows: Tensor, seeds: Tensor | None = None, *, twins: bool = False) -> Decoding:
         """A generation of `len(rows)` images, number i going on from image `rows[i]`.
 
         Args:
             rows: int64 `[N]`, each below the number of images; in any order, with repetitions.
             seeds: int64 `[N]` for what is sampled from now on; by default those of `rows`.
+            twins: images that go on from the same one share its unconditional row at the next scale, whose inputs are
+                still the same; right where nothing steers unconditional rows at that scale. It has no effect where
+                guidance is mixed within the layers, or there is none.
         """
         forked: Decoding = object.__new__(Decoding)
         forked.__dict__.update(self.__dict__)
         rows = rows.to(self.x.device)
         halves = [rows + self.batch * k for k in range(self.rows // self.batch)]
+        if twins and self.rows == 2 * self.batch and not self.insertion and self.at < len(self.schedule):
+            halves[1], forked.twin = torch.arange(self.batch, 2 * self.batch, device=rows.device), rows
         both = torch.cat(halves)
         forked.batch, forked.rows = len(rows), len(both)
         forked.seeds = self.seeds[rows] if seeds is None else seeds.to(self.x.device)
@@ -205,11 +230,3 @@ def generate(
         cfg_insertion_layer=cfg_insertion_layer, forced_bits=forced_bits, scales=scales, step=step, on_scale=on_scale,
     ).advance()  # fmt: skip
     return Generation(done.bits, done.summed)
-
-
-def _guided_logits(model: Infinity, x: Tensor, pooled: Tensor, batch: int, cfg: float, on_logits: bool) -> Tensor:
-    """Logits of the images ``[B, L, 2 d]``: ``cfg * cond + (1 - cfg) * uncond`` where guidance acts on the logits."""
-    if cfg != 1 and on_logits:
-        logits = model.logits(x, pooled)
-        return cfg * logits[:batch] + (1 - cfg) * logits[batch:]
-    return model.logits(x[:batch], pooled[:batch])
