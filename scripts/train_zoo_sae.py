@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Train the sparse autoencoder that comes with ``diffusion-shapes``, measure it, and write its model card.
+"""Train a sparse autoencoder that comes with ``diffusion-shapes``, measure it, and write its model card.
 
     python scripts/train_zoo_sae.py --work WORK
+    python scripts/train_zoo_sae.py --work WORK --name diffusion-shapes-attention
 
 It is a run of the recipe ``sae`` with the settings below. Started again it goes on where it was interrupted.
 """
@@ -17,10 +18,15 @@ from pysteer.models.sae import SparseAutoencoder
 from pysteer.recipes.frame import execute
 from pysteer.zoo import FOLDER
 
-NAME = "diffusion-shapes-sae"
+# name in the zoo -> folder, site, what the site is
+PLACES = {
+    "diffusion-shapes": ("diffusion-shapes-sae", "block.5", "output of the second last transformer block of the UNet"),
+    "diffusion-shapes-attention": (
+        "diffusion-shapes-attention-sae", "ca.6", "output of the last cross-attention of the UNet",
+    ),
+}  # fmt: skip
 WORDS = (
     "model=diffusion-shapes",
-    "site=block.5",
     "count=448",
     "test_count=200",
     "steps=[1, 3, 5, 7, 9, 11, 13, 15, 17, 19]",
@@ -39,11 +45,11 @@ license: apache-2.0
 library_name: pysteer
 ---
 
-# diffusion-shapes-sae
+# {folder}
 
 A sparse autoencoder for the bundled pipeline `diffusion-shapes`: {latents} latents of which {k} are active per token,
-at the site `{site}` (output of the second last transformer block of the UNet, {width} channels, 8 x 8 tokens). Load it
-with `pysteer.zoo.load_autoencoder("diffusion-shapes")`.
+at the site `{site}` ({place}, {width} channels, 8 x 8 tokens). Load it
+with `pysteer.zoo.load_autoencoder("{name}")`.
 
 ## What it was trained on
 
@@ -64,7 +70,7 @@ also answer to places and backgrounds, and it explains less.
 Selective: the area under the ROC curve for one label is above {least:g}. The score of an image is the mean of the
 latent over its tokens and steps; labels are what the captions state. Brackets: 95 % Wilson interval.
 
-Again: `python scripts/train_zoo_sae.py`.
+Again: `python scripts/train_zoo_sae.py --name {name}`.
 """
 
 
@@ -73,10 +79,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("results"), help="folder of the run")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the zoo")
+    parser.add_argument("--name", choices=sorted(PLACES), default="diffusion-shapes", help="name in the zoo")
     asked = parser.parse_args()
-    run, summary = execute("sae", list(WORDS), out=asked.work, run_name="zoo-sae")
+    name, site, place = PLACES[asked.name]
+    run, summary = execute("sae", [*WORDS, f"site={site}"], out=asked.work, run_name=name)
     sae = SparseAutoencoder.from_pretrained(run / "sae")
-    folder = asked.out / NAME
+    folder = asked.out / name
     sae.save_pretrained(folder)
     found = summary.headline
     selective = rate([True] * round(found["selective"] * found["live"]) + [False] * (
@@ -86,7 +94,7 @@ def main() -> None:
     config = files.read_json(run / "run.json", "marker of the run")["config"]
     fixed = ", ".join(f"{name} {value}" for name, value in config["fixed"].items())
     card = CARD.format(
-        latents=sae.latents, k=sae.k, site=config["site"], width=sae.width, count=config["count"], fixed=fixed,
+        name=asked.name, folder=name, place=place, latents=sae.latents, k=sae.k, site=config["site"], width=sae.width, count=config["count"], fixed=fixed,
         guidance=config["settings"]["guidance_scale"], steps=config["settings"]["num_inference_steps"],
         epochs=config["train"]["epochs"], batch=config["train"]["batch_tokens"], test=config["test_count"],
         tokens=found["tokens"], fvu=found["fvu"], l0=found["l0"], dead=found["dead"], live=found["live"],

@@ -101,6 +101,7 @@ def unlearning_plan(
     *,
     percentile: float = 99.99,
     factor: float = -1.0,
+    floor: float = 1.0,
     rows: str = "both",
     error: str = "keep",
 ) -> Plan:
@@ -112,6 +113,8 @@ def unlearning_plan(
         concept: its name.
         percentile: of the scores of all latents at a step; those above are edited.
         factor: gamma, what they are multiplied by besides their mean in the concept; usually negative.
+        floor: from which multiple of its mean over the concepts a latent is edited; 1 in the paper. More spares
+            concepts that share a latent with this one and activate it less.
         rows: "cond", "uncond" or "both"; both in the paper.
         error: "keep", or "saeuron" for the published hook.
 
@@ -122,7 +125,9 @@ def unlearning_plan(
         raise InputError("concept to unlearn", value=concept, allowed=", ".join(found.names))
     if features.sae is None:
         raise InputError("unlearning", value="raw channels", allowed="latents of an autoencoder")
-    method = SAESteering(sae=features.sae, mode="unlearn", values=(factor,), percentile=percentile, error=error)
+    method = SAESteering(
+        sae=features.sae, mode="unlearn", values=(factor,), percentile=percentile, floor=floor, error=error
+    )
     number, weight = found.names.index(concept), found.rows.double()
     fits = [method.unlearn(features.sae, found.means[:, step], weight, number) for step in range(found.total.shape[1])]
     return Plan.build([_of_steps(features.site.name, method.op, fits)], rows=rows)

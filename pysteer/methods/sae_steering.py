@@ -1,5 +1,6 @@
 """Edits of a sparse autoencoder's latents: multiply, add, set, ablate, and unlearning of a concept."""
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,8 @@ class SAESteering(Method):
 
     "unlearn" (SAeUron, Cywinski and Deja 2025): with `mu` the mean latents of the source, all latents whose share in
     the source exceeds that in target and negatives by more than the `percentile` of this difference are replaced by
-    `value mu_j a_j` where `a_j` exceeds its mean over the concepts (source, target, negatives), each counted once.
+    `value mu_j a_j` where `a_j` exceeds its mean over the concepts (source, target, negatives), each counted once,
+    times `floor`: 1 in the paper; above it, tokens of concepts that share the latent and activate it less stay.
 
     What the autoencoder does not explain, `x - D(E(x))`, is kept. `error="drop"` loses it, as some published hooks do,
     and `error="saeuron"` adds it with the wrong sign, as the published hook of SAeUron does, so that without any edit
@@ -48,6 +50,7 @@ class SAESteering(Method):
         mode: "multiply", "add", "set", "ablate" or "unlearn".
         count: how many latents the fit chooses.
         percentile: of "unlearn".
+        floor: of "unlearn", from which multiple of its mean over the concepts a latent is edited.
         error: "keep", "drop" or "saeuron".
     """
 
@@ -59,6 +62,7 @@ class SAESteering(Method):
     mode: str = "multiply"
     count: int = 4
     percentile: float = 99.99
+    floor: float = 1.0
     error: str = "keep"
 
     def __post_init__(self) -> None:
@@ -73,6 +77,8 @@ class SAESteering(Method):
         if type(self.count) is not int or self.count < 1 or not 0 <= self.percentile <= 100:
             given = f"{self.count}, {self.percentile}"
             raise InputError("count and percentile", value=given, allowed="a whole number above 0, and 0 to 100")
+        if not 0 <= self.floor < math.inf:
+            raise InputError("floor of sae_steering", value=self.floor, allowed="a number from 0")
 
     @property
     def op(self) -> str:
@@ -131,7 +137,7 @@ class SAESteering(Method):
         scores = concept_scores(means, weight, concept)
         chosen = (scores > quantile(scores, self.percentile / 100)).nonzero()[:, 0]
         value = self.values[0] * means[concept][chosen]
-        return self._edit(sae, chosen, value.float(), floor=means.mean(0)[chosen].float())
+        return self._edit(sae, chosen, value.float(), floor=self.floor * means.mean(0)[chosen].float())
 
     def autoencoder(self) -> "SparseAutoencoder":
         """The autoencoder, read from its folder where a folder was given."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ from pysteer.steering import Plan
 from pysteer.zoo import load_classifier
 from pysteer.zoo.shapes.captions import ATTRIBUTES, Scene, sample_scenes
 
+_BUNDLED = {"colour": "diffusion-shapes-attention", "shape": "diffusion-shapes"}
+_SEARCHED: dict[str, dict[str, tuple[float, ...]]] = {
+    "colour": {"percentile": (99.0,), "factor": (-0.03, -0.1), "floor": (1.0, 9.0, 12.0)},
+    "shape": {"percentile": (99.0, 97.0, 95.0), "factor": (-1.0, -3.0, -8.0), "floor": (1.0,)},
+}
 _FRESH, _SEARCH = 2_000_000, 1_000_000  # seeds, away from those that fit
 
 
@@ -38,14 +44,17 @@ class UnlearnConfig:
     Attributes:
         model: a bundled generator of the shapes task, or the folder of one.
         site: where the autoencoder reads; empty for the site it was trained on.
-        sae: name of a bundled autoencoder, or the folder of one.
+        sae: name of a bundled autoencoder, or the folder of one; empty for the bundled one that reads where
+            shapes show, or for a colour the one where colours enter.
         concept: what is unlearned, a shape or a colour.
         fixed: attributes that all captions state.
         fit_prompts: captions per class that the means are made of.
         search_prompts: captions of the concept, and as many of all other classes together, that choose the edit.
         prompts: the same, fresh ones that the table is measured on.
-        percentiles: of the scores; latents above are edited.
+        percentiles: of the scores; latents above are edited. Empty for what suits the bundled autoencoders, as for the
+            next two.
         factors: gamma of the paper, what the latents are multiplied by besides their mean.
+        floors: from which multiples of its mean over the concepts a latent is edited; 1 in the paper.
         rows: cond, uncond or both; both in the paper.
         error: keep, or saeuron for the published hook, which loses part of the activation.
         keep: least rate of all other classes that an edit has to keep.
@@ -57,14 +66,15 @@ class UnlearnConfig:
 
     model: str = "diffusion-shapes"
     site: str = ""
-    sae: str = "diffusion-shapes"
+    sae: str = ""
     concept: str = "red"
     fixed: dict[str, str] = field(default_factory=lambda: dict(FIXED))
-    fit_prompts: int = 24
-    search_prompts: int = 32
+    fit_prompts: int = 16
+    search_prompts: int = 16
     prompts: int = 96
-    percentiles: tuple[float, ...] = (99.0, 97.0, 95.0)
-    factors: tuple[float, ...] = (-1.0, -3.0, -8.0)
+    percentiles: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
+    floors: tuple[float, ...] = ()
     rows: str = "both"
     error: str = "keep"
     keep: float = 0.9
@@ -79,13 +89,23 @@ class UnlearnConfig:
             raise InputError("concept to unlearn", value=self.concept, allowed=words)
         if min(self.fit_prompts, self.search_prompts, self.prompts, self.batch_size) < 2:
             raise InputError("numbers of prompts", value=self.fit_prompts, allowed="whole numbers from 2")
-        if not self.percentiles or not self.factors:
-            raise InputError("percentiles and factors", value="none", allowed="at least one of each")
 
     @property
     def attribute(self) -> str:
         """shape or colour, whichever the concept is a value of; "" for none."""
         return next((name for name in ("shape", "colour") if self.concept in ATTRIBUTES[name]), "")
+
+    @property
+    def autoencoder(self) -> str:
+        """Name or folder of the autoencoder."""
+        return self.sae or _BUNDLED[self.attribute]
+
+    @property
+    def searched(self) -> list[dict[str, float]]:
+        """The settings of the edit that are tried."""
+        usual = _SEARCHED[self.attribute]
+        chosen = {name: getattr(self, f"{name}s") or usual[name] for name in usual}
+        return [dict(zip(chosen, values, strict=True)) for values in product(*chosen.values())]
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -133,7 +153,7 @@ class _Work:
 def run_unlearn(config: UnlearnConfig, run: Run) -> Summary:
     """Remove one shape or colour from a diffusion model with a sparse autoencoder; measure what is lost elsewhere."""
     inner = DreamRecipeConfig(
-        model=config.model, site=config.site, sae=config.sae, use_raw=False, settings=config.settings,
+        model=config.model, site=config.site, sae=config.autoencoder, use_raw=False, settings=config.settings,
         device=config.device,
     )  # fmt: skip
     work = _Work(config, run, Studio(inner, run, Share()), load_classifier("shapes"))
@@ -178,7 +198,7 @@ def _plan(work: _Work, means: ConceptMeans, setting: dict[str, float]) -> Plan:
     c = work.config
     return unlearning_plan(
         means, work.studio.features["sae"], c.concept, percentile=setting["percentile"], factor=setting["factor"],
-        rows=c.rows, error=c.error,
+        floor=setting["floor"], rows=c.rows, error=c.error,
     )  # fmt: skip
 
 
@@ -190,7 +210,7 @@ def _edited(work: _Work, means: ConceptMeans, setting: dict[str, float]) -> list
 def _search(work: _Work, means: ConceptMeans) -> dict[str, float]:
     """The setting with the lowest rate of the concept among those that keep enough; else the one that keeps most."""
     c, run = work.config, work.run
-    settings = [{"percentile": p, "factor": f} for p in c.percentiles for f in c.factors]
+    settings = c.searched
     scenes = work.scenes(c.search_prompts, _SEARCH)
     with run.stage("search") as stage:
         found: list[dict[str, float]] = list(stage.notes.get("found", []))
@@ -204,8 +224,10 @@ def _search(work: _Work, means: ConceptMeans) -> dict[str, float]:
             stage.notes["found"] = found
     run.write_json("search.json", found)
     good = [row for row in found if row["kept"] >= c.keep**2]
-    best = min(good, key=lambda row: row["concept"]) if good else max(found, key=lambda row: row["kept"])
-    return {"percentile": best["percentile"], "factor": best["factor"]}
+    best = (
+        min(good, key=lambda row: (row["concept"], -row["kept"])) if good else max(found, key=lambda row: row["kept"])
+    )
+    return {name: best[name] for name in ("percentile", "factor", "floor")}
 
 
 def _measured(

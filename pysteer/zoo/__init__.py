@@ -15,8 +15,11 @@ _GENERATORS = {
     "infinity-shapes": ("infinity-shapes", "pysteer.models.infinity.pipeline", "InfinityPipeline"),
     "diffusion-shapes": ("diffusion-shapes", "pysteer.models.diffusion", "ImageGenerator"),
 }
-# generator -> a sparse autoencoder trained on one of its sites
-_AUTOENCODERS = {"diffusion-shapes": ("diffusion-shapes-sae", "pysteer.models.sae", "SparseAutoencoder")}
+# sparse autoencoders, each trained on one site of the generator that its name begins with
+_AUTOENCODERS = {
+    "diffusion-shapes": ("diffusion-shapes-sae", "pysteer.models.sae", "SparseAutoencoder"),
+    "diffusion-shapes-attention": ("diffusion-shapes-attention-sae", "pysteer.models.sae", "SparseAutoencoder"),
+}
 _CLASSIFIERS = {"shapes": ("shapes-classifier", "pysteer.zoo.shapes.classifier", "ShapeClassifier")}
 
 
@@ -49,5 +52,9 @@ def load_classifier(name: str = "shapes") -> Any:
 
 
 def load_autoencoder(name: str = "diffusion-shapes") -> Any:
-    """The sparse autoencoder of a bundled generator, on the CPU in fp32; InputError for an unknown name."""
+    """A bundled sparse autoencoder, on the CPU in fp32; InputError for an unknown name.
+
+    "diffusion-shapes" reads the output of a transformer block, where shapes show; "diffusion-shapes-attention" that of
+    the last cross-attention, where the caption's colour enters.
+    """
     return _load("autoencoder", _AUTOENCODERS, name)

@@ -84,3 +84,19 @@ def test_what_cannot_be_unlearned(pipe, known, means):
         unlearning_plan(means, known, "green")
     with pytest.raises(InputError, match="latents"):
         unlearning_plan(means, features(pipe), "red")
+
+
+def test_a_higher_floor_edits_fewer_tokens(pipe, known, means):
+    given = {"percentile": 85, "factor": -2.0}
+    low, high = (
+        unlearning_plan(means, known, "red", floor=floor, **given).entries[0].parameters for floor in (1.0, 3.0)
+    )
+    torch.testing.assert_close(high.tensors["level"], 3 * low.tensors["level"])
+    torch.testing.assert_close(high.tensors["scale"], low.tensors["scale"])
+    whole = pipe(PROMPTS, seeds=SEEDS, decode=False, **SETTINGS).latents
+    made = []
+    for floor in (1.0, 1e6):
+        with steer(pipe, unlearning_plan(means, known, "red", floor=floor, **given)):
+            made.append(pipe(PROMPTS, seeds=SEEDS, decode=False, **SETTINGS).latents)
+    assert not torch.equal(made[0], whole)
+    torch.testing.assert_close(made[1], whole)  # no token is that active

@@ -21,7 +21,7 @@ pytest.importorskip("diffusers")
 
 WORDS = (
     "settings={num_inference_steps: 3}", "fit_prompts=2", "search_prompts=4", "prompts=6", "batch_size=8",
-    "percentiles=[90]", "factors=[-1, -4]",
+    "percentiles=[90]", "factors=[-1, -4]", "floors=[1]",
 )  # fmt: skip
 
 
@@ -84,12 +84,18 @@ def test_the_edit_that_forgets_most_among_those_that_keep_enough(tiny, monkeypat
     monkeypatch.setattr(module, "_measured", lambda work, means, best: (_ for _ in ()).throw(KeyboardInterrupt(best)))
     with pytest.raises(KeyboardInterrupt) as caught:
         start(tiny, "concept=circle")
-    assert caught.value.args[0] == {"percentile": 90.0, "factor": -1.0}
+    assert caught.value.args[0] == {"percentile": 90.0, "factor": -1.0, "floor": 1.0}
 
 
 def test_what_cannot_be_unlearned():
     with pytest.raises(InputError, match="circle, square"):
         UnlearnConfig(concept="dog")
     assert UnlearnConfig(concept="ring").attribute == "shape"
-    with pytest.raises(InputError, match="at least one of each"):
-        UnlearnConfig(factors=())
+
+
+def test_what_is_searched_where_nothing_is_said():
+    own = UnlearnConfig(concept="ring", factors=(-2.0,), percentiles=(98.0,))
+    assert own.searched == [{"percentile": 98.0, "factor": -2.0, "floor": 1.0}]
+    assert UnlearnConfig(concept="red").autoencoder == "diffusion-shapes-attention"
+    assert own.autoencoder == "diffusion-shapes"
+    assert len(UnlearnConfig(concept="red", floors=(2.0,)).searched) == 2

@@ -96,7 +96,8 @@ def write_report(
         sheets.append(Figure(sheet, f"The same prompts of {title} before and after", f"Prompts of {title}"))
     values = [[key, "" if value is None else str(value)] for key, value in config_values(config).items()]
     how = Paragraph(
-        f"Percentile {best['percentile']:g}, factor {best['factor']:g}, chosen on other prompts. {versions()}."
+        f"Percentile {best['percentile']:g}, factor {best['factor']:g}, floor {best['floor']:g} times the mean, "
+        f"chosen on other prompts. {versions()}."
     )
     details = Details("Configuration", [Table("The configuration.", ["key", "value"], values, numeric=False)])
     sections = [
