@@ -107,6 +107,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, slice):
+        return [plain(value.start), plain(value.stop), plain(value.step)]
     if isinstance(value, (set, frozenset)):
         return sorted(plain(item) for item in value)
     if isinstance(value, os.PathLike):
@@ -169,7 +171,7 @@ def write_safetensors(
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(ready, temporary, metadata=dict(metadata or {}))
+        save_file(ready, temporary, metadata=dict(metadata) if metadata else None)
     return Path(path)
 
 

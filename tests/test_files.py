@@ -162,3 +162,14 @@ def test_damaged_weights_never_crash(data: st.DataObject, tmp_path: Path) -> Non
 def test_json_file_is_valid_json(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", {"x": [float("inf"), 1.0]})
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"x": [None, 1.0]}
+
+
+def test_a_slice_of_positions_is_a_list_of_its_ends() -> None:
+    assert files.plain({"positions": slice(1, None)}) == {"positions": [1, None, None]}
+    assert files.plain(slice(1, None)) != files.plain(slice(2, None))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"kind": "batch"}])
+def test_a_file_without_tensors_is_read_back(tmp_path, metadata):
+    path = files.write_safetensors(tmp_path / "none.safetensors", {}, metadata)
+    assert files.read_safetensors(path) == ({}, metadata or {})
