@@ -223,8 +223,8 @@ def _rate(found: dict[str, float]) -> str:
 
 def _concept_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| concept | unsteered, % | steered, % | perplexity, x unsteered | setting |",
-        "|---|---|---|---|---|",
+        "| concept | unsteered, % | steered, % | perplexity, x unsteered | tokens | setting | settings searched |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         best, before = row["headline"]["best"], row["headline"]["unsteered"]
@@ -232,11 +232,14 @@ def _concept_lines(rows: list[dict[str, Any]]) -> list[str]:
             f"{best['perplexity_ratio']:.2f} [{best['perplexity_ratio_low']:.2f}, {best['perplexity_ratio_high']:.2f}]"
         )
         setting = f"{best['method'].replace('_', ' ')}, {best['place']}, strength {best['strength']:g}"
-        lines.append(
-            f"| {row['task']} | {_rate(before['concept_rate'])} | {_rate(best['concept_rate'])} | {ratio} | {setting} |"
-        )
-    count, search = rows[0]["headline"]["best"]["concept_rate"]["n"], rows[0]["search"]
-    lines += ["", f"{count} texts each, the best of {search} settings of a search on other prompts; 95 % intervals."]
+        if steered_new := row["config"]["method"]["steered_new"]:
+            setting += f", first {steered_new} tokens"
+        rates = f"{_rate(before['concept_rate'])} | {_rate(best['concept_rate'])} | {ratio}"
+        tokens = row["config"]["generation"]["new_seq_len"]
+        lines.append(f"| {row['task']} | {rates} | {tokens} | {setting} | {row['search']} |")
+    count = rows[0]["headline"]["best"]["concept_rate"]["n"]
+    rule = "the best setting of a search on other prompts; the unsteered texts are of the same length"
+    lines += ["", f"{count} texts each, {rule}; 95 % intervals."]
     return lines
 
 

@@ -43,6 +43,8 @@ class TaskSettings:
         samples: texts per class, drawn with the seed; 0 takes all.
         balance: true drops the surplus of the larger class, false keeps it; unset, unequal classes are an error.
         styles: file with style -> words that are added to a caption (task coco_styles), the bundled ones when empty.
+        cut: target texts end right before a word of `words`, source texts anywhere; for fits on the last token
+            (method.position=last), which then tell what comes before a word of the concept.
     """
 
     name: str = "football"
@@ -57,6 +59,7 @@ class TaskSettings:
     samples: int = 0
     balance: bool | None = None
     styles: Path | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,12 @@ def load_task(settings: TaskSettings, seed: int = 0) -> Task:
         allowed = [*concept_names(), *DATASETS, "SHAPE->SHAPE", "COLOUR->COLOUR"]
         fix = did_you_mean(name, allowed) or "give task.path=FILE for your own sentences"
         raise InputError("task", value=name, allowed=", ".join(allowed), fix=fix)
-    return _with_prompts(_chosen(task, settings, seed), settings)
+    task = _with_prompts(_chosen(task, settings, seed), settings)
+    if settings.cut:
+        from pysteer.data.cuts import cut_before_words
+
+        task = cut_before_words(task, seed)
+    return task
 
 
 def _concept(name: str) -> Task:

@@ -162,3 +162,27 @@ def test_prompts_of_toxicity(tmp_path) -> None:
         toxicity_prompts(write(tmp_path, "bad.jsonl", '{"text": "So"}'))
     with pytest.raises(InputError, match="pysteer data get rtp"):
         toxicity_prompts(tmp_path / "none.jsonl")
+
+
+def test_cut_texts_end_before_a_word_of_the_concept() -> None:
+    whole, task = load_task(TaskSettings("weather")), load_task(TaskSettings("weather", cut=True))
+    assert len(task.source) == len(task.target) >= len(whole.target) / 2
+    assert (task.prompts, task.search_prompts) == (whole.prompts, whole.search_prompts)
+    for text in task.target:
+        following = [full[len(text) :].split()[0] for full in whole.target if full.startswith(text + " ")]
+        assert any(mentions(following, task.words)), text
+    for text in task.source:
+        assert any(full.startswith(text + " ") for full in whole.source), text
+    assert load_task(TaskSettings("weather", cut=True), seed=1).source != task.source
+    assert load_task(TaskSettings("weather", cut=True)) == task
+
+
+def test_what_cannot_be_cut_is_said(tmp_path) -> None:
+    file = write(tmp_path, "own.json", json.dumps({"a": ["One two three four."], "b": ["Nothing of that kind here."]}))
+    with pytest.raises(InputError, match="without words"):
+        load_task(TaskSettings("own", path=file, cut=True))
+    with pytest.raises(InputError, match="none with a word"):
+        load_task(TaskSettings("own", path=file, words=("rain",), cut=True))
+    short = write(tmp_path, "short.json", json.dumps({"a": ["One two."], "b": ["There was much rain here."]}))
+    with pytest.raises(InputError, match="over 2 words"):
+        load_task(TaskSettings("own", path=short, words=("rain",), cut=True))
