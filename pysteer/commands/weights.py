@@ -87,7 +87,7 @@ def convert_command(
 ) -> None:
     """Convert weights, maps, vectors and autoencoders of others to safetensors; maps and vectors also back.
 
-    pysteer convert FOLDER OUT --kind ml-act, pysteer convert --kind sae-saelens --keys
+    pysteer convert FOLDER OUT map=linear_ot --kind ml-act, pysteer convert --kind sae-saelens --keys
     """
     import dataclasses
 

@@ -49,7 +49,7 @@ class TextSetting:
         max_new_tokens: of every text.
         temperature: 0 takes the likeliest token.
         top_p: share of the probability that is drawn from.
-        words: words that say that a text is about the target, with commas between.
+        words: words that say that a text is about the target: `words=[[goal, team]]`, as commas alone make an axis.
         perplexity: whether to measure that of every text under the unsteered model.
         share: whether rows with the same prompt and steering read it once.
     """
