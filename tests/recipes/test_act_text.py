@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,11 +18,12 @@ from pysteer.methods import GaussianTransport, LinearAcT, MeanDifference, create
 from pysteer.metrics import Rate
 from pysteer.metrics.perplexity import continuation_likelihood
 from pysteer.models.language import LanguageModel
+from pysteer.recipes.config import build_config, read_values
 from pysteer.recipes.frame import execute
 from pysteer.recipes.transport import text_trial
 from pysteer.recipes.transport.evaluations import answer_yes, load_classifier
 from pysteer.recipes.transport.places import expand_sites
-from pysteer.recipes.transport.settings import METHODS, StrengthSettings
+from pysteer.recipes.transport.settings import METHODS, ActTextConfig, StrengthSettings
 from pysteer.recipes.transport.text_trial import best_of, fit_texts, takes_moments
 from pysteer.recipes.transport.texts import Score, Writer
 
@@ -310,3 +312,12 @@ def test_every_method_has_strengths_to_search() -> None:
     for name in METHODS:
         create(name)
     assert set(text_trial._STRENGTHS) <= set(METHODS)
+
+
+@pytest.mark.parametrize("file", ["concepts.yaml", "cut.yaml"])
+def test_configurations_of_the_examples_are_valid(file) -> None:
+    config = build_config(ActTextConfig, read_values(Path(__file__).parents[2] / "examples/act-text" / file))
+    assert config.search.sites
+    # A map from what comes before a word is one of last tokens.
+    assert not config.task.cut or config.method.position == "last"
+    assert config.task.cut == (file == "cut.yaml")
