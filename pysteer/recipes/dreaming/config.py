@@ -104,6 +104,7 @@ class PriorSettings:
         timesteps: active_timesteps, all_timesteps or activity_peaks (an image per peak, steered around it).
         n_results: images per feature; as many of the seeds are used.
         seeds: of the images.
+        prompt: what is drawn while steered; usually nothing.
         steer_strength_scale: what is added for a raw channel, in units of its largest mean activation at the timestep.
         steer_strength_scale_sae: the same for a latent.
         start_channel: first feature, with end_channel instead of the choice by `features`.
@@ -115,6 +116,7 @@ class PriorSettings:
     timesteps: str = "active_timesteps"
     n_results: int = 5
     seeds: tuple[int, ...] = SEEDS
+    prompt: str = ""
     steer_strength_scale: float = 8.0
     steer_strength_scale_sae: float = 8.0
     start_channel: int | None = None

@@ -67,7 +67,7 @@ def prior_plan(studio: Studio, kind: str) -> PriorPlan:
     return PriorPlan(
         timesteps=c.timesteps,
         scale=c.steer_strength_scale_sae if kind == "sae" else c.steer_strength_scale,
-        seeds=c.seeds[: c.n_results],
+        seeds=c.seeds[: c.n_results], prompt=c.prompt,
         peak_separation=peaks.peak_separation, peak_threshold=peaks.peak_threshold, peaks=peaks.top_peak_count,
         settings=_without_guidance(studio.config.settings),
     )  # fmt: skip
