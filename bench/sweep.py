@@ -7,7 +7,8 @@
 generates the 8 unsteered images and then the 8 steered ones of every setting, steered by a forward hook in plain torch
 as the published steering code does it. It is measured on some of the settings and counted for all of them; judging and
 storing are left out there. The sweep is measured as `pysteer sweep` runs it, with judging and storing. Loading (but for
-processes, which load for themselves) and fitting are left out everywhere. Rows packed, then with shared prefixes, then in one process per core.
+processes, which load for themselves) and fitting are left out everywhere. Rows are packed, then prefixes are shared as
+well, then there is a process per core.
 """
 
 from __future__ import annotations

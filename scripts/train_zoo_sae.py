@@ -94,7 +94,8 @@ def main() -> None:
     config = files.read_json(run / "run.json", "marker of the run")["config"]
     fixed = ", ".join(f"{name} {value}" for name, value in config["fixed"].items())
     card = CARD.format(
-        name=asked.name, folder=name, place=place, latents=sae.latents, k=sae.k, site=config["site"], width=sae.width, count=config["count"], fixed=fixed,
+        name=asked.name, folder=name, place=place, latents=sae.latents, k=sae.k, site=config["site"],
+        width=sae.width, count=config["count"], fixed=fixed,
         guidance=config["settings"]["guidance_scale"], steps=config["settings"]["num_inference_steps"],
         epochs=config["train"]["epochs"], batch=config["train"]["batch_tokens"], test=config["test_count"],
         tokens=found["tokens"], fvu=found["fvu"], l0=found["l0"], dead=found["dead"], live=found["live"],
