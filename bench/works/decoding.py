@@ -96,7 +96,7 @@ class Decoder:
 
     def run(self) -> Tensor:
         """Logits `[rows, V]` of the last tokens."""
-        call = self.call or self.model
+        call = self.model if self.call is None else self.call  # a compiled module has no truth value
         prompt = self.work.prompt
         if not self.work.new:
             return call(**self._placed(0, prompt), use_cache=False).logits[:, -1]
