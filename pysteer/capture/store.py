@@ -24,6 +24,8 @@ from pysteer.errors import InputError
 
 FORMAT = "pysteer-activations-1"
 CONFIG, PROMPTS = "capture.json", "prompts.parquet"
+INDEX = {"prompt": int, "site": str, "step": int, "first": int, "tokens": int}  # columns of the index of a shard
+_ABOUT = {"text": str, "seed": int, "label": str}
 _SHARD = re.compile(r"shard-(\d{5})\.parquet")
 
 
@@ -32,8 +34,13 @@ def key_of(site: str, step: int) -> str:
     return f"{site}/{step}"
 
 
-def read_parquet(path: Path, what: str) -> dict[str, list[Any]]:
+def read_parquet(path: Path, what: str, columns: Mapping[str, type]) -> dict[str, list[Any]]:
     """Columns of a Parquet file.
+
+    Args:
+        path: the file.
+        what: what it is to the user, for the errors.
+        columns: those that it must have, with the type of their values; others are left out.
 
     Raises:
         InputError: it is missing or damaged.
@@ -44,9 +51,13 @@ def read_parquet(path: Path, what: str) -> dict[str, list[Any]]:
     if not path.is_file():
         raise InputError(f"{what} not found", value=str(path), fix="capture again")
     try:
-        return pq.read_table(path).to_pydict()
+        found = pq.read_table(path).to_pydict()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{what} cannot be read ({error})", value=str(path), fix="capture again") from error
+    for name, kind in columns.items():
+        if name not in found or not all(type(value) is kind for value in found[name]):
+            raise InputError(f"{what}, column {name} of {kind.__name__}", value=f"none in {path}", fix="capture again")
+    return {name: found[name] for name in columns}
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def _written(folder: Path) -> tuple[int, int]:
     done = 0
     found = _indexes(folder)
     for path in found:
-        done = max([done, *(prompt + 1 for prompt in read_parquet(path, "index of activations")["prompt"])])
+        done = max([done, *(prompt + 1 for prompt in read_parquet(path, "index of activations", INDEX)["prompt"])])
     return len(found), done
 
 
@@ -156,12 +167,11 @@ class ActivationStore:
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             found = config.get("format") if isinstance(config, dict) else type(config).__name__
             raise InputError("format of captured activations", value=found, allowed=FORMAT)
-        table = read_parquet(folder / PROMPTS, "prompts of captured activations")
+        table = read_parquet(folder / PROMPTS, "prompts of captured activations", _ABOUT)
         pieces: dict[tuple[str, int], list[Piece]] = {}
         for number, path in enumerate(_indexes(folder)):
-            index = read_parquet(path, "index of activations")
-            columns = (index[name] for name in ("prompt", "site", "step", "first", "tokens"))
-            for prompt, site, step, first, tokens in zip(*columns, strict=True):
+            index = read_parquet(path, "index of activations", INDEX)
+            for prompt, site, step, first, tokens in zip(*index.values(), strict=True):
                 pieces.setdefault((site, step), []).append(Piece(number, prompt, first, tokens))
         texts, seeds, labels = table["text"], table["seed"], table["label"]
         return cls(folder, config, texts, seeds, labels, pieces, frozenset(range(len(texts))))

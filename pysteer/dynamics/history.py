@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pysteer import files
-from pysteer.capture.store import CONFIG, FORMAT, PROMPTS, ActivationStore, ShardWriter, read_parquet
+from pysteer.capture.store import CONFIG, FORMAT, INDEX, PROMPTS, ActivationStore, ShardWriter, read_parquet
 from pysteer.dynamics.window import STATS, Window, stat_name
 from pysteer.errors import InputError
 from pysteer.ops.channel_moments import ChannelMoments
@@ -39,7 +39,7 @@ class History:
         self._index: list[tuple[int, str]] = []  # step and phase of every window
         self._writer: ShardWriter | None = None
         if self.folder is not None and (self.folder / PROMPTS).is_file():
-            table = read_parquet(self.folder / PROMPTS, "windows of a history")
+            table = read_parquet(self.folder / PROMPTS, "windows of a history", {"seed": int, "label": str})
             # The list of windows is written before their shard: what a crash left out of it does not count.
             self._index = list(zip(table["seed"], table["label"], strict=True))[: _count(self.folder)]
 
@@ -82,7 +82,7 @@ class History:
         keep = sum(1 for own, _ in self._index if own <= step)
         if self.folder is not None and self.folder.is_dir():
             for path in sorted(self.folder.glob("shard-*.parquet"), reverse=True):
-                if max(read_parquet(path, "index of a history")["prompt"]) < keep:
+                if max(read_parquet(path, "index of a history", INDEX)["prompt"]) < keep:
                     break
                 path.unlink()
                 path.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -132,5 +132,6 @@ class History:
 def _count(folder: Path) -> int:
     paths = sorted(folder.glob("shard-*.parquet"))
     return max(
-        (prompt + 1 for path in paths for prompt in read_parquet(path, "index of a history")["prompt"]), default=0
+        (prompt + 1 for path in paths for prompt in read_parquet(path, "index of a history", INDEX)["prompt"]),
+        default=0,
     )

@@ -74,7 +74,7 @@ def test_wrong_images_and_names_are_named(classifier):
     assert zoo.available() == {
         "generators": ["diffusion-shapes", "infinity-shapes"],
         "classifiers": ["shapes"],
-        "autoencoders": ["diffusion-shapes"],
+        "autoencoders": ["diffusion-shapes", "diffusion-shapes-attention"],
     }
 
 
