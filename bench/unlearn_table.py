@@ -34,7 +34,7 @@ def _rate(value: dict[str, Any]) -> str:
 
 
 def text(runs: Sequence[dict[str, Any]]) -> str:
-    """A row per concept, newest run each, and what is lost most of other classes."""
+    """A row per concept, newest run each, and which other class loses most, if one does."""
     newest = {run["headline"]["concept"]: run for run in runs}
     lines = ["| concept | shown before | shown after | others after | other attribute of the others after | edit |",
              "|---|---|---|---|---|---|"]  # fmt: skip
@@ -50,8 +50,14 @@ def text(runs: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
         rest = [row for row in run["tables"]["classes"] if row["setting"] == "unlearned" and row["class"] != concept]
-        worst = min(rest, key=lambda row: row["value"])
-        notes.append(f"Without {concept}, {worst['class']} is kept least: {_rate(worst)} of {worst['n']}.")
+        plain = {row["class"]: row["value"] for row in run["tables"]["classes"] if row["setting"] == "unsteered"}
+        worst = min(rest, key=lambda row: row["value"] - plain[row["class"]])
+        if worst["value"] >= plain[worst["class"]]:
+            continue
+        notes.append(
+            f"Without {concept}, {worst['class']} loses most: {_rate(worst)} of {worst['n']}, "
+            f"{100 * plain[worst['class']]:.1f} before."
+        )
     counts = {run["headline"]["unlearned"]["concept"]["n"] for run in newest.values()}
     images = " and ".join(str(n) for n in sorted(counts))
     return "\n".join(
