@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import pysteer
-from pysteer.files import write_json
+from pysteer.errors import InputError
+from pysteer.files import write_json, write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -61,3 +62,16 @@ def append(name: str, result: dict[str, Any]) -> Path:
     path.parent.mkdir(exist_ok=True)
     write_json(path, [*stored(name), result])
     return path
+
+
+def write_between(page: Path, start: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page.
+
+    Raises:
+        InputError: a page without the marks.
+    """
+    before, mark, rest = page.read_text(encoding="utf-8").partition(start)
+    _, last, after = rest.partition(end)
+    if not mark or not last:
+        raise InputError("page", value=page.name, allowed=f"one with {start} and {end}")
+    write_text(page, f"{before}{start}\n{text}\n{end}{after}")

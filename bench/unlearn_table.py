@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.record import append, machine, stored
+from bench.record import append, machine, stored, write_between
 from pysteer.errors import InputError
-from pysteer.files import read_json, write_text
+from pysteer.files import read_json
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "dream.md"
 START, END = "<!-- figures: python -m bench.unlearn_table -->", "<!-- /figures -->"
@@ -65,15 +65,6 @@ def text(runs: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def written(page: str, runs: Sequence[dict[str, Any]]) -> str:
-    """The page with its table as it is stored."""
-    before, mark, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise InputError("page", value=PAGE.name, allowed=f"one with {START} and {END}")
-    return f"{before}{START}\n{text(runs)}\n{END}{after}" if runs else page
-
-
 def main() -> None:
     """Store runs, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +75,7 @@ def main() -> None:
         if not asked.folders:
             parser.error("store needs the folder of a run, or of several")
         keep(asked.folders)
-    write_text(PAGE, written(PAGE.read_text(encoding="utf-8"), stored(NAME)))
+    write_between(PAGE, START, END, text(stored(NAME)))
 
 
 if __name__ == "__main__":

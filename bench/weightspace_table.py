@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.record import append, machine, stored
+from bench.record import append, machine, stored, write_between
 from bench.weightspace import table
 from pysteer.errors import InputError
-from pysteer.files import read_json, write_text
+from pysteer.files import read_json
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "weightspace.md"
 START, END = "<!-- figures: python -m bench.weightspace_table -->", "<!-- /figures -->"
@@ -135,12 +135,7 @@ def main() -> None:
         if not asked.folders:
             parser.error("store needs the folder of a run, or of several on one collection")
         keep(asked.folders)
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(START)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise InputError("page", value=str(PAGE), allowed=f"the marks {START} and {END}")
-    write_text(PAGE, f"{before}{START}\n{text()}\n{END}{after}")
+    write_between(PAGE, START, END, text())
     print(text())
 
 

@@ -222,7 +222,7 @@ class Handle:
         state = self._parts.get(part)
         if state is None:
             return
-        shared = 0 < uncond < cond and not self._acts_on_uncond()
+        shared = 0 < uncond < cond and not any(plan.acts_on_uncond for plan in self._plans)
         if min(cond, uncond) < 0 or (cond != uncond and 0 not in (cond, uncond) and not shared) or cond + uncond == 0:
             allowed = "(B, B), (B, 0) or (0, B), or (B, less than B) where the plan leaves unconditional rows alone"
             raise InputError(f"rows of part {part}", value=(cond, uncond), allowed=allowed)
@@ -277,10 +277,6 @@ class Handle:
             part.tables[i].load(part.stacks[i])
         self._plans = plans
         self._rewrite()
-
-    def _acts_on_uncond(self) -> bool:
-        entries = (entry for plan in self._plans for entry in plan.entries)
-        return any(uncond != 0 for entry in entries for _, uncond in entry.schedule.values())
 
     def _unplaced(self, new: SiteParameters) -> InputError:
         """The error for an entry of an update that no table can take; raises a more telling one where there is."""

@@ -255,6 +255,11 @@ class Plan:
         """Schedule by site; where entries of one site differ (after `+`), that of the last; `entries` has them all."""
         return {entry.parameters.site: entry.schedule for entry in self.entries}
 
+    @property
+    def acts_on_uncond(self) -> bool:
+        """Whether unconditional rows are changed at any step."""
+        return any(uncond != 0 for entry in self.entries for _, uncond in entry.schedule.values())
+
     def __add__(self, other: "Plan") -> "Plan":
         if not isinstance(other, Plan):
             return NotImplemented

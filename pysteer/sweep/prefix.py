@@ -151,18 +151,15 @@ def generate(runs: Runs, rows: Sequence[Row], *, share: bool = True) -> Shared:
             state = runs.begin(chosen)
         else:
             parents = torch.tensor([tree[start - 1][i] for i in firsts])
-            twins = runs.twins and not any(_acts_on_uncond(row.plan, runs, start) for row in chosen)
+            twins = runs.twins and not any(
+                during(row.plan, runs, range(start, start + 1)).acts_on_uncond for row in chosen
+            )
             state = state.fork(parents, [row.noise for row in chosen], twins=twins)
             saved += (len(firsts) - counts[start - 1]) / 2 * runs.weights[start] if twins else 0
         with steering(runs, [runs.attached(row.plan, range(start, end)) for row in chosen]):
             state.advance(end)
     work = sum(count * weight for count, weight in zip(counts, runs.weights, strict=True)) - saved
     return Shared(state, torch.tensor(tree[-1]), (work, len(rows) * sum(runs.weights)))
-
-
-def _acts_on_uncond(plan: Plan, runs: Runs, step: int) -> bool:
-    entries = during(plan, runs, range(step, step + 1)).entries
-    return any(uncond != 0 for entry in entries for _, uncond in entry.schedule.values())
 
 
 def _firsts(numbers: Iterable[int]) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pysteer.errors import InputError
+from pysteer.errors import InputError, PysteerError
 from pysteer.models.infinity.bsq import MultiScaleBSQ
 from pysteer.models.infinity.sampling import greedy_bits, row_uniform, sample_bits
 from pysteer.models.infinity.transformer import Infinity, TextCondition
@@ -174,7 +174,14 @@ class Decoding:
             twins: images that go on from the same one share its unconditional row at the next scale, whose inputs are
                 still the same; right where nothing steers unconditional rows at that scale. It has no effect where
                 guidance is mixed within the layers, or there is none.
+
+        Raises:
+            PysteerError: images still share unconditional rows.
         """
+        if self.twin is not None:
+            raise PysteerError(
+                "images share unconditional rows until the next scale; fix: advance before forking again"
+            )
         forked: Decoding = object.__new__(Decoding)
         forked.__dict__.update(self.__dict__)
         rows = rows.to(self.x.device)
