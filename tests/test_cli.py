@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,15 @@ def run(config: Config, run: Run) -> Summary:
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the recipe "toy" available in this process."""
-    monkeypatch.setattr(frame, "RECIPES", dict(frame.RECIPES))
+def toy() -> Iterator[None]:
+    """Make the recipe "toy" available in this process.
+
+    It joins the registry rather than a copy of it: a recipe imported meanwhile must stay registered, for it is imported
+    once.
+    """
     exec(compile(RECIPE, "toy", "exec"), {"__name__": "toy"})
+    yield
+    del frame.RECIPES["toy"]
 
 
 def call(*arguments: str) -> int:

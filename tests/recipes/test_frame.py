@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -152,10 +153,9 @@ def test_hash_depends_on_values_only() -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Register the recipe "toy" and return the list of what it did."""
+def calls() -> Iterator[list[str]]:
+    """Register the recipe "toy" and yield the list of what it did."""
     done: list[str] = []
-    monkeypatch.setattr(frame, "RECIPES", {})
 
     @recipe("toy", Config, prepare=lambda values, folder: {**values, "folder": str(folder)})
     def run(config: Config, run: Run) -> Summary:
@@ -172,7 +172,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 run.write_text("second.txt", "written")
         return Summary(best={"drawn": stage.notes["drawn"]}, tables={"t": [{"x": 1}]})
 
-    return done
+    yield done
+    del frame.RECIPES["toy"]
 
 
 def go(tmp_path: Path, *words: str, **more: Any) -> Path:
