@@ -76,13 +76,15 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write `data` to `path` atomically; a PNG of `pysteer.report` that can be had as SVG (`data.svg()`) as both."""
+    """Write `data` to `path` atomically; a figure of `pysteer.report` (`Drawn`) as PNG, SVG and CSV."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
-    target, svg = Path(path), getattr(data, "svg", None)
-    if svg is not None and target.suffix == ".png":
-        with atomic_path(target.with_suffix(".svg")) as temporary:
-            temporary.write_bytes(svg())
+    target = Path(path)
+    for form in ("svg", "csv"):
+        make = getattr(data, form, None)
+        if target.suffix == ".png" and make is not None and (further := make()):
+            with atomic_path(target.with_suffix(f".{form}")) as temporary:
+                temporary.write_bytes(further)
     return target
 
 

@@ -260,7 +260,11 @@ class Run:
         return files.write_safetensors(self.path(name), tensors, metadata)
 
     def write_figure(self, name: str | Path, figure: "Figure", dpi: int = 150) -> Path:
-        """Write a matplotlib figure; the suffix chooses the format."""
+        """Write a matplotlib figure; the suffix chooses the format, and a PNG gets its SVG and CSV beside it."""
+        from pysteer.report.drawn import drawn
+
+        if Path(name).suffix == ".png":
+            return files.write_bytes(self.path(name), drawn(figure, dpi=dpi, tight=True))
         with files.atomic_path(self.path(name)) as temporary:
             figure.savefig(temporary, dpi=dpi, bbox_inches="tight")
         return self.path(name)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from pysteer.errors import InputError
 from pysteer.metrics.rates import Rate
-from pysteer.report.figures import _THEMES, Theme, _line, _new, _png
+from pysteer.report.drawn import drawn
+from pysteer.report.figures import _THEMES, Theme, _line, _new, _rate
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,8 @@ def rate_and_cost(
         bottom.set_xlabel("strength", fontsize=8.5, color=colours.soft)
     axes[0, 0].set_ylabel(rate_name, fontsize=9, color=colours.soft)
     axes[1, 0].set_ylabel(cost_name, fontsize=9, color=colours.soft)
-    return _png(figure)
+    return drawn(figure, [
+        {"curve": curve.label, "strength": point.strength, **_rate("rate", point.rate), "cost": point.cost[1],
+         "cost_low": point.cost[0], "cost_high": point.cost[2], "used": point.strength == curve.chosen}
+        for curve in curves for point in sorted(curve.points, key=lambda point: point.strength)
+    ])  # fmt: skip

@@ -5,7 +5,6 @@ Every figure exists in a light and a dark version, so that the report follows th
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pysteer.errors import InputError
 from pysteer.metrics.rates import Rate
+from pysteer.report.drawn import drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MplFigure
 
 Theme = Literal["light", "dark"]
+THEMES: tuple[Theme, Theme] = ("light", "dark")
 
 
 @dataclass(frozen=True)
@@ -93,29 +94,9 @@ def _style(axis: Axes, colours: _Colours) -> None:
     axis.set_axisbelow(True)
 
 
-class Drawn(bytes):
-    """PNG bytes of a figure that can be had as SVG as well; `files.write_bytes` puts both beside each other."""
-
-    figure: MplFigure
-
-    def svg(self) -> bytes:
-        """The figure as SVG, drawn when it is asked for."""
-        from matplotlib import rc_context
-
-        buffer = io.BytesIO()
-        with rc_context({"svg.hashsalt": "pysteer", "svg.fonttype": "none"}):
-            colour = self.figure.get_facecolor()
-            self.figure.savefig(buffer, format="svg", facecolor=colour, metadata={"Date": None, "Creator": "pysteer"})
-        return buffer.getvalue()
-
-
-def _png(figure: MplFigure) -> bytes:
-    buffer = io.BytesIO()
-    # A fixed Software tag: the bytes must not change with the matplotlib version string.
-    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": "pysteer"})
-    drawn = Drawn(buffer.getvalue())
-    drawn.figure = figure
-    return drawn
+def _rate(name: str, rate: Rate) -> dict[str, float]:
+    """Columns of a rate in the table of a figure."""
+    return {name: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
 
 
 def _line(axis: Axes, xs: list[float], rates: list[Rate], colour: str, marker: str, label: str) -> None:
@@ -174,7 +155,11 @@ def dose_response(
         fontsize=9,
         labelcolor=colours.ink,
     )
-    return _png(figure)
+    return drawn(figure, [
+        {"curve": curve.label, "strength": point.strength, **_rate("target", point.target), **_rate("kept", point.kept),
+         "feature_distance": point.distance, "used": point.strength == curve.chosen}
+        for curve in curves for point in sorted(curve.points, key=lambda point: point.strength)
+    ])  # fmt: skip
 
 
 def control_bars(bars: Sequence[Bar], *, target_name: str, kept_name: str, theme: Theme = "light") -> bytes:
@@ -209,4 +194,7 @@ def control_bars(bars: Sequence[Bar], *, target_name: str, kept_name: str, theme
         fontsize=9,
         color=colours.soft,
     )
-    return _png(figure)
+    return drawn(figure, [
+        {"setting": bar.label, "kind": bar.kind, **_rate("target", bar.target), **_rate("kept", bar.kept)}
+        for bar in bars
+    ])  # fmt: skip

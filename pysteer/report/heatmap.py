@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pysteer.report.figures import _THEMES, Theme, _new, _png
+from pysteer.report.drawn import drawn
+from pysteer.report.figures import _THEMES, Theme, _new
 
 
 def heatmap(
@@ -43,4 +44,9 @@ def heatmap(
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xlabel(x, color=colours.soft, fontsize=9)
     axis.set_title(title, color=colours.ink, fontsize=10, loc="left")
-    return _png(figure)
+    return drawn(figure, [
+        {"row": row, x: column, "rate": value}
+        for row, line in zip(rows, values, strict=True)
+        for column, value in zip(columns, line, strict=True)
+        if value == value
+    ])  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any
 from pysteer import files
 from pysteer.report import Facts, Figure, Paragraph, Report, Section, Table, labelled_rows, png, render
 from pysteer.report import Row as SheetRow
+from pysteer.report.drawn import drawn
+from pysteer.report.figures import _THEMES, THEMES, Theme, _new
 from pysteer.report.report import Block
 from pysteer.sweep.query import Results, SettingRow, query, results
 from pysteer.sweep.status import Status, status
@@ -29,7 +31,7 @@ def write_page(folder: str | Path) -> Path:
     sections = [Section("settings", "Settings", [_table(found.rows[:_SHOWN])])]
     front = found.front
     if front:
-        sections.insert(0, Section("front", "Target against damage", _front(found)))
+        sections.insert(0, Section("front", "Target against damage", _front(folder, found)))
     sheet = _sheet(folder, (front or found.rows)[:4])
     if sheet:
         sections.append(Section("images", "Images", sheet))
@@ -73,26 +75,31 @@ def _table(rows: Sequence[SettingRow]) -> Table:
     return Table("Best first; stressed ones are on the Pareto front.", columns, lines, strong=strong)
 
 
-def _front(found: Results) -> list[Block]:
-    import io
-
-    from matplotlib.figure import Figure as Canvas
-
-    canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
-    axes = canvas.subplots()
-    scored, front = _points(found.rows), found.front
-    axes.scatter([x for x, _ in scored], [y for _, y in scored], s=18, color="#a7b0ba", label="settings")
-    line = _points(front)
-    axes.plot([x for x, _ in line], [y for _, y in line], "o-", color="#1f6fcf", label="Pareto front")
-    axes.set_xlabel(found.roles.get("damage", "damage"))
-    axes.set_ylabel(found.roles.get("target", "target"))
-    axes.legend()
-    stream = io.BytesIO()
-    canvas.savefig(stream, format="png", dpi=150)
-    alt = f"Target against damage of {len(scored)} settings; {len(front)} of them are on the Pareto front."
-    return [Figure(stream.getvalue(), alt), Table("The front, by rising damage.", ["setting", "target", "damage"], [
-        [name_of(row), _number(row.target), _number(row.damage)] for row in front
+def _front(folder: Path, found: Results) -> list[Block]:
+    scored = _points(found.rows)
+    light, dark = (draw_front(found, theme) for theme in THEMES)
+    files.write_bytes(folder / "figures" / "front.png", light)
+    alt = f"Target against damage of {len(scored)} settings; {len(found.front)} of them are on the Pareto front."
+    return [Figure(light, alt, dark=dark), Table("The front, by rising damage.", ["setting", "target", "damage"], [
+        [name_of(row), _number(row.target), _number(row.damage)] for row in found.front
     ])]  # fmt: skip
+
+
+def draw_front(found: Results, theme: Theme) -> bytes:
+    """PNG of the settings as points, target against damage, with the Pareto front as a line."""
+    colours = _THEMES[theme]
+    figure, panels = _new(1, 1, (6.8, 4.0), colours)
+    axis = panels[0, 0]
+    axis.scatter(*zip(*_points(found.rows), strict=True), s=22, color=colours.soft, label="settings")
+    front = _points(found.front)
+    axis.plot(*zip(*front, strict=True), "o-", color=colours.target, linewidth=1.9, label="Pareto front")
+    axis.set_xlabel(found.roles.get("damage", "damage"), fontsize=9, color=colours.soft)
+    axis.set_ylabel(found.roles.get("target", "target"), fontsize=9, color=colours.soft)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelcolor=colours.ink)
+    return drawn(figure, [
+        {"setting": name_of(row), "damage": row.damage, "target": row.target, "on_front": row.best}
+        for row in found.rows if row.damage is not None and row.target is not None
+    ])  # fmt: skip
 
 
 def _points(rows: Sequence[SettingRow]) -> list[tuple[float, float]]:

@@ -266,6 +266,8 @@ def test_run_writers_and_seeds(tmp_path: Path) -> None:
     figure, axes = plt.subplots()
     axes.plot([0, 1])
     assert run.write_figure("figures/line.png", figure).stat().st_size > 0
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["line.csv", "line.png", "line.svg"]
+    assert run.write_figure("figures/line.pdf", figure).read_bytes().startswith(b"%PDF")
     plt.close(figure)
     with pytest.raises(InputError, match="inside the run folder"):
         run.write_text("../outside.txt", "x")

@@ -1,7 +1,9 @@
 import base64
+import csv
 import io
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +48,11 @@ def page():
     table = Table(ATTACK, ["setting", "target"], [[ATTACK, "1.0"], ["plain", "0.5"]], strong=[1])
     blocks = [Paragraph(ATTACK), Facts([(ATTACK, ATTACK, ATTACK)]), table, figure, Details(ATTACK, [Paragraph(ATTACK)])]
     return render(Report(ATTACK, ATTACK, [Section("one", ATTACK, blocks)], ATTACK))
+
+
+def read_csv(path):
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 class Reader(HTMLParser):
@@ -138,7 +145,7 @@ def test_control_bars_are_as_long_as_the_rates():
     assert full > 1.8 * blue_pixels(control_bars(half, target_name="t", kept_name="k")) > 0
 
 
-def test_figures_are_written_as_png_and_as_svg(tmp_path):
+def test_figures_are_written_as_png_as_svg_and_as_table(tmp_path):
     from pysteer.files import write_bytes
 
     figure = Figure(dose_response([curve()], target_name="square", kept_name="colour"), "a figure")
@@ -147,5 +154,46 @@ def test_figures_are_written_as_png_and_as_svg(tmp_path):
     assert (tmp_path / "strengths.png").read_bytes() == bytes(figure.light)
     assert "<svg" in text
     assert ">square</text>" in text  # words stay words
+    rows = read_csv(tmp_path / "strengths.csv")
+    assert [row["strength"] for row in rows] == ["0.0", "0.5", "1.0"]
+    assert [float(row["target"]) for row in rows] == pytest.approx([0.0, 0.3, 0.6])
+    assert [row["used"] for row in rows] == ["False", "False", "True"]
+    assert float(rows[1]["target_low"]) < 0.3 < float(rows[1]["target_high"])
     write_bytes(tmp_path / "dot.png", dot("red"))
-    assert not (tmp_path / "dot.svg").exists()
+    assert sorted(path.name for path in tmp_path.glob("dot.*")) == ["dot.png"]
+
+
+def test_a_figure_of_ones_own_is_read_off(tmp_path):
+    from matplotlib.figure import Figure as Canvas
+
+    from pysteer.files import write_bytes
+    from pysteer.report.drawn import drawn
+
+    canvas = Canvas()
+    first, second = canvas.subplots(1, 2)
+    first.plot([0, 1, 2], [5, 6, 7], label="=line")
+    first.axhline(3.0)  # helps the eye, is no data
+    first.scatter([4], [9], label="points")
+    first.set(title="left", xlabel="step", ylabel="loss")
+    second.bar([1, 2], [10, 20], label="bars")
+    canvas.colorbar(second.imshow([[0.0, 1.0]]))
+    write_bytes(tmp_path / "own.png", drawn(canvas))
+    rows = read_csv(tmp_path / "own.csv")
+    assert [(row["panel"], row["series"]) for row in rows[:4]] == [("left", "'=line")] * 3 + [("left", "points")]
+    assert [(row["step"], row["loss"]) for row in rows[:4]] == [("0", "5"), ("1", "6"), ("2", "7"), ("4.0", "9.0")]
+    assert [(float(row["x"]), float(row["y"])) for row in rows[4:]] == [(1.0, 10.0), (2.0, 20.0)]
+    write_bytes(tmp_path / "bare.png", drawn(canvas, ()))  # its data lies elsewhere
+    assert sorted(path.name for path in tmp_path.glob("bare.*")) == ["bare.png", "bare.svg"]
+
+
+def test_every_figure_goes_through_one_function():
+    """Elsewhere matplotlib writes nothing, but for pages of features with their pictures, and formats asked for."""
+    root = Path(__file__).resolve().parent.parent.parent / "pysteer"
+    found = {
+        path.relative_to(root).as_posix(): text.count(".savefig(")
+        for path in root.rglob("*.py")
+        if ".savefig(" in (text := path.read_text(encoding="utf-8"))
+    }
+    assert found == {"report/drawn.py": 2, "recipes/dreaming/figures.py": 1, "recipes/frame.py": 1}
+    for path in (root / "recipes").rglob("*.py"):
+        assert not re.search(r"path\([^\n]*\)\.write_bytes\(", path.read_text(encoding="utf-8")), path

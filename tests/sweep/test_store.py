@@ -147,6 +147,10 @@ def test_the_page_shows_settings_front_and_images(tmp_path):
     run_sweep(plan_sweep(TOY, WORDS), tmp_path / "s", words=WORDS)
     page = write_page(tmp_path / "s").read_text(encoding="utf-8")
     assert "40 of 40 cells in 5 settings" in page
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3  # the figure in light and dark, the images
+    front = (tmp_path / "s" / "figures" / "front.csv").read_text(encoding="utf-8").splitlines()
+    assert front[0] == "setting,damage,target,on_front"
+    assert sum(line.endswith(",True") for line in front) == 2
+    assert (tmp_path / "s" / "figures" / "front.svg").is_file()
     assert "strength 1.5" in page
     assert "pysteer sweep toy:ToyTask strength=linspace(0,2,5)" in page

@@ -16,6 +16,8 @@ from pysteer.dream.analysis import Analysis
 from pysteer.recipes.dreaming.config import AnalysisSettings, PlotSettings
 from pysteer.recipes.dreaming.making import decode_png
 from pysteer.recipes.dreaming.studio import Studio
+from pysteer.report.drawn import drawn
+from pysteer.report.figures import _THEMES, Theme, _style
 
 _INK, _LINE, _AREA, _SECOND = "#1c2126", "#1f6fcf", "#1f6fcf", "#0b8569"
 _SHOWN = 5  # examples beside a profile
@@ -123,21 +125,19 @@ def _profile_png(
     return buffer.getvalue()
 
 
-def training_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
-    """FVU, L0 and dead latents over the steps of a training, as PNG."""
+def training_curves(history: Sequence[Mapping[str, Any]], theme: Theme = "light") -> bytes:
+    """FVU, L0 and dead latents over the steps of a training, as PNG that can be had as SVG and CSV."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 2.6), dpi=130, layout="constrained")
+    colours = _THEMES[theme]
+    figure = Figure(figsize=(8.4, 2.6), dpi=130, facecolor=colours.surface, layout="constrained")
     FigureCanvasAgg(figure)
     names = {"fvu": "variance unexplained", "l0": "latents per token", "dead": "share dead"}
     for axis, (name, title) in zip(figure.subplots(1, 3), names.items(), strict=True):
-        axis.plot([row["step"] for row in history], [row[name] for row in history], color=_LINE)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("step", fontsize=8)
+        _style(axis, colours)
+        axis.plot([row["step"] for row in history], [row[name] for row in history], color=colours.target)
+        axis.set_title(title, fontsize=10, loc="left", color=colours.ink)
+        axis.set_xlabel("step", fontsize=8, color=colours.soft)
         axis.set_ylim(bottom=0)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "pysteer"})
-    return buffer.getvalue()
+    return drawn(figure, [{"step": row["step"], **{name: row[name] for name in names}} for row in history])

@@ -29,6 +29,7 @@ from pysteer.report import (
     png,
     render,
 )
+from pysteer.report.figures import THEMES
 
 _SHOWN = 24  # features in tables and sheets
 _TILES = 5
@@ -52,7 +53,7 @@ def training_report(
     config: Any,
 ) -> None:
     """Write `report.html` of a training."""
-    curves = training_curves(history)
+    curves, dark = (training_curves(history, theme) for theme in THEMES)
     write_bytes(run.path("figures/training.png"), curves)
     facts = [
         ("variance unexplained", percent(quality["fvu"]), f"on {quality['tokens']:.0f} fresh tokens"),
@@ -67,7 +68,11 @@ def training_report(
         lead += f" {percent(share)} of the live ones tell a shape or a colour."
         blocks = [_selectivity_table(measured, config.least)]
     sections = [
-        Section("summary", "Summary", [Facts(facts), Figure(curves, "Three curves of the training over its steps")]),
+        Section(
+            "summary",
+            "Summary",
+            [Facts(facts), Figure(curves, "Three curves of the training over its steps", "", dark)],
+        ),
         *([Section("labels", "What latents tell", blocks)] if blocks else []),
         Section("how", "How this was made", [_configuration(config)]),
     ]

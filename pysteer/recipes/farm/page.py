@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from pysteer.files import write_bytes
 from pysteer.recipes.config import config_values
 from pysteer.recipes.farm.check import Effect
 from pysteer.recipes.farm.config import FarmConfig
@@ -63,7 +64,7 @@ def _effects(run: Run, effects: Sequence[Effect]) -> Section:
     sheet = png(
         labelled_rows([Row(e.label, e.images[:12], percent(e.with_adapters.value, 0)) for e in effects], tile=64)
     )
-    run.path("images/effects.png").write_bytes(sheet)
+    write_bytes(run.path("images/effects.png"), sheet)
     blocks: list[Block] = [
         Table(caption, ["class", "without", "with adapters"], rows),
         Figure(sheet, "Pictures with adapters of every class, a row a class", "Not selected."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pysteer.files import write_bytes
 from pysteer.recipes.frame import Run
 from pysteer.recipes.transport.image_trial import ImageOutcome, ImageScore, ImageTrial
 from pysteer.recipes.transport.text_page import label, percent
@@ -97,12 +98,12 @@ def write_image_report(run: Run, trial: ImageTrial, outcomes: Sequence[ImageOutc
         light, dark = (
             dose_response(curves, target_name="target", kept_name="kept", theme=theme) for theme in ("light", "dark")
         )
-        run.path("figures/strengths.png").write_bytes(light)
+        write_bytes(run.path("figures/strengths.png"), light)
         figure = Figure(light, f"Target rate and kept rate of {name} against strength, per method", "", dark)
         sections.append(Section("strengths", "Over the strengths", [figure]))
     for outcome in outcomes:
         sheet = _sheet(outcome, trial.prompts)
-        run.path(f"figures/{outcome.method}.png").write_bytes(sheet)
+        write_bytes(run.path(f"figures/{outcome.method}.png"), sheet)
         caption = "A row per strength, the same noise in a column; the first prompts, not selected."
         figure = Figure(sheet, f"Images of {label(outcome.method)} over the strengths", caption)
         anchor = outcome.method.replace("_", "-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pysteer.files import write_bytes
 from pysteer.metrics.rates import Rate
 from pysteer.recipes.frame import Run
 from pysteer.recipes.transport.settings import ActTextConfig
@@ -133,7 +134,7 @@ def write_text_report(
     where = "prompts of the search, at the place that was chosen" if search_baseline else "prompts of the report"
     alt = f"Share of texts about {name} and perplexity against strength, for {', '.join(o.method for o in outcomes)}"
     figure = Figure(light, alt, f"On the {where}; bands: 95 % intervals; dashed: {bar:g} times the perplexity.", dark)
-    run.path("figures/strengths.png").write_bytes(light)
+    write_bytes(run.path("figures/strengths.png"), light)
     facts = Facts(
         [
             (f"texts about {name}", percent(best.best.concept) + " %", f"unsteered {percent(unsteered.concept)} %"),

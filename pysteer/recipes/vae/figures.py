@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pysteer.report import Figure
-from pysteer.report.figures import _THEMES, Theme, _new, _png, _style
+from pysteer.report.drawn import drawn
+from pysteer.report.figures import _THEMES, Theme, _new, _style
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]]
 
@@ -56,7 +57,12 @@ def curves(panels: Sequence[tuple[str, Curves, bool]]) -> Callable[[Theme], byte
                 axis.set_yscale("log")
             axis.tick_params(which="minor", colors=colours.soft, labelsize=8)
         axes[0].legend(frameon=False, fontsize=9, labelcolor=colours.ink)
-        return _png(figure)
+        return drawn(figure, [
+            {"panel": title, "condition": condition, "step": step, "mean": sum(own) / len(own), "low": min(own),
+             "high": max(own), "seeds": len(own)}
+            for title, found, _ in panels for condition, (steps, values) in found.items()
+            for step, own in zip(steps, zip(*values, strict=True), strict=True)
+        ])  # fmt: skip
 
     return draw
 
@@ -75,7 +81,10 @@ def pairs(metrics: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> Ca
             axis.set_xticks([0, 1], ["baseline", "nudge"])
             axis.set_xlim(-0.4, 1.4)
             axis.set_title(name, loc="left", fontsize=9.5, color=colours.ink)
-        return _png(figure)
+        return drawn(figure, [
+            {"metric": name, "seed": i, "baseline": a, "nudge": b}
+            for name, first, second in metrics for i, (a, b) in enumerate(zip(first, second, strict=True))
+        ])  # fmt: skip
 
     return draw
 
@@ -96,6 +105,10 @@ def channel_map(steps: Sequence[int], values: Any, title: str) -> Callable[[Them
         axis.set_title(title, loc="left", fontsize=10, color=colours.ink)
         axis.set_xlabel("step", fontsize=9, color=colours.soft)
         axis.set_ylabel("channel", fontsize=9, color=colours.soft)
-        return _png(figure)
+        columns = [f"channel {i}" for i in range(len(values.T))]
+        return drawn(figure, [
+            {"step": step, **dict(zip(columns, own.tolist(), strict=True))}
+            for step, own in zip(steps, values, strict=True)
+        ])  # fmt: skip
 
     return draw

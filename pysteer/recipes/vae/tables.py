@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pysteer import files
+from pysteer.report.drawn import drawn
 
 if TYPE_CHECKING:
     from pysteer.recipes.vae.trainer import Trainer
@@ -53,16 +54,15 @@ def write_tables(trainer: Trainer) -> None:
         _plot_raw(trainer)
 
 
-def plot(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.5)) -> None:
-    """Draw on the axes of a new figure and write it as PNG."""
+def plot(path: Path, draw: Callable[[Any], None], *, table: bool = True) -> None:
+    """Draw on the axes of a new figure and write it as PNG and SVG, and as CSV unless its table lies there already."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    figure = Figure(figsize=(8.0, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure.subplots())
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary)
+    files.write_bytes(path, drawn(figure, None if table else ()))
 
 
 def _plot_activity(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -107,7 +107,7 @@ def _plot_weights(rows: Sequence[dict[str, Any]], path: Path, threshold: float) 
         if largest:
             axes.legend(fontsize=6)
 
-    plot(path, draw)
+    plot(path, draw, table=False)
 
 
 def _plot_raw(trainer: Trainer) -> None:

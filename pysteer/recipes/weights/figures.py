@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pysteer.errors import InputError
-from pysteer.report.figures import _THEMES, Theme, _new, _png
+from pysteer.report.drawn import drawn
+from pysteer.report.figures import _THEMES, Theme, _new
 from pysteer.weightspace.canonical import delta_gram
 from pysteer.weightspace.loraset import LoraSet
 
@@ -58,7 +59,9 @@ def draw_map(points: np.ndarray[Any, Any], labels: Sequence[str], title: str, th
     axis.set_yticks([])
     axis.set_title(title, loc="left", fontsize=10, color=colours.ink)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=colours.ink)
-    return _png(figure)
+    return drawn(figure, [
+        {"class": label, "x": float(x), "y": float(y)} for (x, y), label in zip(points, labels, strict=True)
+    ])  # fmt: skip
 
 
 def draw_bars(names: Sequence[str], values: Sequence[float], ends: Sequence[tuple[float, float]], title: str,
@@ -78,4 +81,7 @@ def draw_bars(names: Sequence[str], values: Sequence[float], ends: Sequence[tupl
     axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     axis.set_title(title, loc="left", fontsize=9.5, color=colours.ink)
-    return _png(figure)
+    return drawn(figure, [
+        {"name": name, "rate": value, "low": low, "high": high, "chance": chance}
+        for name, value, (low, high) in zip(names, values, ends, strict=True)
+    ])  # fmt: skip
