@@ -72,9 +72,33 @@ def _language() -> str:
     ]
     if slower:
         lines += ["", f"Pysteer is not the fastest here: {'; '.join(slower)}."]
+    return "\n".join([*lines, "", f"Newest of every row; the last on {_where(results[-1])}."])
+
+
+def _sweep() -> str:
+    from bench.sweep import table
+
+    results = stored("sweep")
+    return f"{table(results[-1]['sweep'])}\n\n{_where(results[-1])}." if results else "Not measured yet."
+
+
+def _inspector() -> str:
+    """Seconds until the pages of the inspector are there."""
+    results = stored("inspector")
+    if not results:
+        return "Not measured yet."
     last = results[-1]
-    where = f"{last['machine']['processor']}, torch {last['versions']['torch']}, {last['date'][:10]}"
-    return "\n".join([*lines, "", f"Newest of every row; the last on {where}."])
+    lines = ["| what | first time, s | then, s |", "|---|---|---|"]
+    lines += [f"| {row['what']} | {row['first s']:.3f} | {row['median s']:.3f} |" for row in last["rows"]]
+    said = (
+        f"{last['cells']:,} cells. The first time includes reading the shards, then the median of further requests; "
+        f"the command was given three times, quickest and median. {_where(last)}."
+    )
+    return "\n".join([*lines, "", said])
+
+
+def _where(result: dict[str, Any]) -> str:
+    return f"{result['machine']['processor']}, torch {result['versions']['torch']}, {result['date'][:10]}"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -83,6 +107,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rows": _rows,
     "methods": _methods,
     "language": _language,
+    "sweep": _sweep,
+    "inspector": _inspector,
 }
 
 

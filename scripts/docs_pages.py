@@ -32,57 +32,12 @@ def recipes_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
-
-
 def performance_page() -> str:
     """What is stored in bench/results, with the machine and versions it was measured on."""
     sys.path.insert(0, str(ROOT))
-    parts = [
-        "# Performance",
-        "Every figure here is read from a stored measurement in `bench/results`; the command above a table makes it "
-        "again. `pysteer env` says which kernels serve on your machine.",
-    ]
-    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        found = stored if isinstance(stored, list) else [stored]
-        newest = max(found, key=lambda result: str(result.get("date", "")))
-        parts += [f"## {path.stem}", _where(newest), *_tables(newest)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    from bench.performance import page
 
-
-def _where(result: dict[str, Any]) -> str:
-    machine = result.get("machine", {})
-    name = machine.get("gpu") or f"{machine.get('processor', 'unknown')}, {machine.get('threads', '?')} threads"
-    versions = ", ".join(f"{key} {value}" for key, value in result.get("versions", {}).items() if value)
-    commit = f", commit {result['commit']}" if result.get("commit") else ""
-    return f"{name}; {versions}; {str(result.get('date', ''))[:10]}{commit}."
-
-
-def _tables(result: dict[str, Any]) -> list[str]:
-    """A table for every list of flat rows in a result."""
-    found = []
-    for name, rows in result.items():
-        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-            continue
-        columns = [c for c in rows[0] if not isinstance(rows[0][c], (dict, list)) or "value" in _dict(rows[0][c])]
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(_cell(_number(row.get(c))) for c in columns) + " |" for row in rows[:60]]
-        found.append(f"**{name}**\n\n" + "\n".join(lines))
-    return found
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, dict):
-        low, high = value.get("low"), value.get("high")
-        interval = f" [{_number(low)}, {_number(high)}]" if low is not None and high is not None else ""
-        return f"{_number(value.get('value'))}{interval}"
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return page()
 
 
 _PUBLIC = (

@@ -193,17 +193,34 @@ def test_pages_of_recipes_name_every_key():
                 assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
 
 
-def test_performance_page_shows_stored_figures_alone():
+def test_performance_page_shows_stored_figures_and_how_to_measure_them():
     import json
 
     import docs_pages
 
     text = docs_pages.performance_page()
+    from bench.performance import MEASURED
+
     for path in (ROOT / "bench" / "results").glob("*.json"):
-        assert f"## {path.stem}" in text
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        newest = max(stored if isinstance(stored, list) else [stored], key=lambda result: str(result.get("date", "")))
-        assert str(newest.get("date", ""))[:10] in text
+        assert path.stem in MEASURED, f"say in bench/performance.py what {path.name} is"
+        part = text.partition(f"`bench/results/{path.stem}.json`")[2].partition("\n## ")[0]
+        newest = max(json.loads(path.read_text(encoding="utf-8")), key=lambda result: str(result.get("date", "")))
+        assert str(newest["date"])[:10] in part, path.stem
+        assert "\n|---" in part, f"{path.stem} shows no table"
+
+
+def test_commands_of_the_performance_page_exist(interface):
+    sys.path.insert(0, str(ROOT))
+    from bench.performance import MEASURED
+
+    for name, entry in MEASURED.items():
+        words = entry.command.split()
+        if words[0] == "pysteer":
+            assert words[1] in interface.commands, name
+        else:
+            assert words[:2] == ["python", "-m"], name
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), name
+        assert not entry.page or (ROOT / "docs" / entry.page).is_file(), name
 
 
 def test_methods_page_names_every_method():
