@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "packed.h"
 #include "registry.h"
 #include "steering_call.h"
 
@@ -240,7 +241,8 @@ int affine_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t gain, std::u
 }
 
 void register_affine_shift(py::module_& m) {
-    m.def("affine_shift", &affine_shift, "affine_shift on the CPU; returns 0, 1 (clock outside) or 2 (slot outside).");
+    def_kernel<&affine_shift>(m, "affine_shift",
+                              "affine_shift on the CPU; returns 0, 1 (clock outside) or 2 (slot outside).");
 #ifdef PYSTEER_WITH_CUDA
     m.def("affine_shift_cuda", &affine_shift_cuda, "affine_shift on the current CUDA device.");
 #endif

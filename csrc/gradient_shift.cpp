@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "packed.h"
 #include "registry.h"
 #include "steering_call.h"
 
@@ -149,8 +150,8 @@ int gradient_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, st
 }
 
 void register_gradient_shift(py::module_& m) {
-    m.def("gradient_shift", &gradient_shift,
-          "gradient_shift on the CPU, K >= 1; returns 0, 1 (clock outside) or 2 (slot outside).");
+    def_kernel<&gradient_shift>(m, "gradient_shift",
+                                "gradient_shift on the CPU, K >= 1; returns 0, 1 (clock outside) or 2 (slot outside).");
 }
 
 PYSTEER_REGISTER_OP(register_gradient_shift)

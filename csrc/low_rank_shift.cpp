@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "packed.h"
 #include "registry.h"
 #include "steering_call.h"
 
@@ -113,8 +114,9 @@ int low_rank_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t read, std:
 }
 
 void register_low_rank_shift(py::module_& m) {
-    m.def("low_rank_shift", &low_rank_shift,
-          "low_rank_shift on the CPU, ranks 1 to 64; returns 0, 1 (clock outside) or 2 (slot outside).");
+    def_kernel<&low_rank_shift>(
+        m, "low_rank_shift",
+        "low_rank_shift on the CPU, ranks 1 to 64; returns 0, 1 (clock outside) or 2 (slot outside).");
 }
 
 PYSTEER_REGISTER_OP(register_low_rank_shift)

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "packed.h"
 #include "registry.h"
 #include "steering_call.h"
 
@@ -160,8 +161,8 @@ int prototype_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, s
 }
 
 void register_prototype_shift(py::module_& m) {
-    m.def("prototype_shift", &prototype_shift,
-          "prototype_shift on the CPU, K >= 1; returns 0, 1 (clock outside) or 2 (slot outside).");
+    def_kernel<&prototype_shift>(
+        m, "prototype_shift", "prototype_shift on the CPU, K >= 1; returns 0, 1 (clock outside) or 2 (slot outside).");
 #ifdef PYSTEER_WITH_CUDA
     m.def("prototype_shift_cuda", &prototype_shift_cuda, "prototype_shift on the current CUDA device.");
 #endif

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "packed.h"
 #include "registry.h"
 #include "steering_call.h"
 
@@ -354,8 +355,9 @@ int sae_edit(std::uintptr_t x, std::uintptr_t y, std::uintptr_t gradient, std::u
 }
 
 void register_sae_edit(py::module_& m) {
-    m.def("sae_edit", &sae_edit,
-          "sae_edit on the CPU, or its gradient where one is given; returns 0, 1 (clock outside) or 2 (slot outside).");
+    def_kernel<&sae_edit>(
+        m, "sae_edit",
+        "sae_edit on the CPU, or its gradient where one is given; returns 0, 1 (clock outside) or 2 (slot outside).");
 }
 
 PYSTEER_REGISTER_OP(register_sae_edit)

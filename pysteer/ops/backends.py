@@ -118,6 +118,11 @@ def _find_choice(device: str) -> tuple[str, ...]:
     return (name,) if device in serves.get(name, ()) else ()
 
 
+def chosen() -> dict[str, tuple[str, ...]]:
+    """The dictionary in which `choices` keeps its answers; emptied, never replaced, whenever they may change."""
+    return _choices
+
+
 def choices(device: str) -> tuple[str, ...]:
     """Return the backends to try for tensors of a device type, best first, before the reference."""
     found = _choices.get(device)

@@ -5,17 +5,18 @@ token. A `Prepared` op does so once per table, shape, layout and dtype, and from
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pysteer.ops import backends
 from pysteer.ops.declare import transformed
 from pysteer.ops.launch import Call, noted_calls
 
-_MOST_KNOWN = 64  # shapes that are kept; a loop over ever new ones must not grow without end
-_UNKNOWN: Any = object()
+_MOST_KNOWN = 64  # shapes that are remembered as not repeatable; a loop over ever new ones must not grow without end
 
 
 def _watched() -> bool:
@@ -23,6 +24,29 @@ def _watched() -> bool:
     if transformed() or torch._C._len_torch_dispatch_stack():
         return True
     return torch._C._get_tracing_state() is not None
+
+
+def _never(*arguments: Any) -> None:
+    """Nothing is kept without the extension, or where torch has no exchange table (before 2.10)."""
+    return
+
+
+@cache
+def _repeats() -> Any:
+    """The class of kept calls in the extension, told what to ask torch before a call is made again; None without."""
+    found = getattr(backends.extension(), "Repeats", None)
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if found is None or exchange is None:
+        return None
+    asked = [
+        (torch._C._len_torch_dispatch_stack, None),  # 0
+        (torch._C._get_tracing_state, None),
+        (torch._C._functorch.peek_interpreter_stack, None),
+    ]
+    plain = (Tensor, torch.empty_like, torch.is_grad_enabled, torch.get_num_threads)
+    level = (vars(forward_ad), "_current_level", -1)
+    backends.extension().set_surroundings(exchange, *plain, backends.chosen(), asked, *level)
+    return found
 
 
 class Prepared:
@@ -36,65 +60,71 @@ class Prepared:
     Args:
         function: a steering op, such as `pysteer.ops.affine_shift`.
         given: its banks and options by name.
+
+    Attributes:
+        again: `again(x, slot, strength, clock, span, counts, rows, weight)` goes the direct way or returns None, for
+            callers that shall not be compiled. `counts`: int64 `[S]` or None; what is added at the current step is
+            `weight` plus the tokens of a row. `rows`: how many rows `x` must have; whoever gives them also vouches that
+            no tensor was moved in place (`tensor.data = ...`) since the call before. With None that is looked at.
     """
 
     def __init__(self, function: Callable[..., Tensor], given: dict[str, Any]) -> None:
         self.function = function
         self.given = given
         self._banks = [value for value in given.values() if isinstance(value, Tensor)]
-        self._table: tuple[Tensor | None, ...] = (None,) * 4
-        self._tensors: list[Tensor] = []
-        self._places: list[int] = []
-        self._known: dict[Any, tuple[Callable[..., int], tuple[Any, ...]] | None] = {}
+        self._whole: set[Any] = set()
+        self._kept = None
+        self.again: Callable[..., Tensor | None] = _never
+        if _repeats() is not None:
+            self._kept = _repeats()(self._banks, given.get("channel_dim", -1))
+            self.again = _repeats().function(self._kept)
 
-    def _forget(self) -> None:
-        self._tensors = [*self._banks, *(each for each in self._table if each is not None)]
-        self._places = [tensor.data_ptr() for tensor in self._tensors]
-        self._known = {}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy keeps calls of its own."""
+        return Prepared, (self.function, self.given)
 
     def __call__(self, x: Tensor, slot: Tensor, strength: Tensor, clock: Tensor, span: Tensor | None = None) -> Tensor:
         """The activation `x`, steered as the table says; a fresh tensor."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or _watched():
+        if torch.compiler.is_compiling():
             return self.whole(x, slot, strength, clock, span)
-        known = self._table
-        if slot is not known[0] or strength is not known[1] or clock is not known[2] or span is not known[3]:
-            self._table = (slot, strength, clock, span)
-            self._forget()
-        elif [tensor.data_ptr() for tensor in self._tensors] != self._places:
-            self._forget()
-        if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in self._tensors)):
-            return self.whole(x, slot, strength, clock, span)
-        key = (x.shape, x.stride(), x.dtype, torch.get_num_threads(), backends.choices("cpu"))
-        found = self._known.get(key, _UNKNOWN)
-        if found is _UNKNOWN:
-            return self._first(key, x, slot, strength, clock, span)
-        if found is not None:
-            y = torch.empty_like(x)
-            if not found[0](x.data_ptr(), y.data_ptr(), *found[1]):
-                return y
-        return self.whole(x, slot, strength, clock, span)  # which also says what is wrong
+        y = self.again(x, slot, strength, clock, span, None, None, 0)
+        return self._first(x, slot, strength, clock, span) if y is None else y
 
     def whole(self, x: Tensor, slot: Tensor, strength: Tensor, clock: Tensor, span: Tensor | None = None) -> Tensor:
         """The same through the op itself, for tables that are new at every call."""
         return self.function(x, **self.given, slot=slot, strength=strength, clock=clock, span=span)
 
-    def _first(self, key: Any, x: Tensor, *table: Any) -> Tensor:
-        """The whole way, noting the call of the kernel at its end."""
+    def _first(self, x: Tensor, *table: Any) -> Tensor:
+        """The whole way, which also says what is wrong, noting the call of the kernel at its end."""
+        if self._kept is None or type(x) is not Tensor or not x.is_cpu or _watched():
+            return self.whole(x, *table)
+        key = (x.shape, x.stride(), x.dtype, backends.choices("cpu"), *map(id, table))
+        graded = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *self._of(table)))
+        if graded or key in self._whole:
+            return self.whole(x, *table)
         with noted_calls() as calls:
             y = self.whole(x, *table)
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
-        self._known[key] = self._repeatable(calls[0], x, y) if len(calls) == 1 else None
+        if len(calls) != 1 or not self._repeatable(calls[0], x, y, table):
+            if len(self._whole) >= _MOST_KNOWN:
+                self._whole.clear()
+            self._whole.add(key)
         return y
 
-    def _repeatable(self, call: Call, x: Tensor, y: Tensor) -> tuple[Callable[..., int], tuple[Any, ...]] | None:
-        """The kernel and its arguments behind x and y, if it works on the very tensors that were given."""
+    def _of(self, table: tuple[Tensor | None, ...]) -> list[Tensor]:
+        return [*self._banks, *(each for each in table if each is not None)]
+
+    def _repeatable(self, call: Call, x: Tensor, y: Tensor, table: tuple[Tensor | None, ...]) -> bool:
+        """Keep the call of the kernel from x to y, if it works on the very tensors that were given."""
         source, target, *rest = call.tensors
-        own = all(tensor is None or any(tensor is each for each in self._tensors) for tensor in rest)
+        known = self._of(table)
+        own = all(tensor is None or any(tensor is each for each in known) for tensor in rest)
         if source is None or target is None or not own:
-            return None
+            return False
+        packed = getattr(backends.extension(), f"{call.kernel.__name__}_packed", None)
         same = source.data_ptr() == x.data_ptr() and target.data_ptr() == y.data_ptr()
-        return (call.kernel, call.arguments[2:]) if same else None
+        if not same or packed is None or self._kept is None:
+            return False
+        return self._kept.keep(x, *table, packed, call.arguments)
 
 
 def prepare(function: Callable[..., Tensor], **given: Any) -> Prepared:

@@ -5,7 +5,7 @@ names begin with `gate.` and the options `gate.kind`, `gate.threshold`, `gate.pe
 the option `keep_norm` scales every token that was changed back to the length it had.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,11 @@ def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, {name.removeprefix(GATE): value for name, value in values.items() if name.startswith(GATE)}
 
 
+def _never(*arguments: Any) -> None:
+    """What stands around an op takes more than one call of a kernel."""
+    return
+
+
 @dataclass
 class Call:
     """An op with its banks, and what goes around it.
@@ -38,6 +43,7 @@ class Call:
         gate_options: kind, threshold and per_token.
         keep_norm: whether tokens keep their length.
         shared: whether all rows that are on use the same set at any one step.
+        again: `Prepared.again` where nothing goes around the op.
     """
 
     op: Prepared
@@ -46,6 +52,10 @@ class Call:
     keep_norm: bool
     shared: bool
     channel_dim: int
+
+    def __post_init__(self) -> None:
+        around = bool(self.gate) or self.keep_norm
+        self.again: Callable[..., Tensor | None] = _never if around else self.op.again
 
     @classmethod
     def make(

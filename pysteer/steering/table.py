@@ -105,8 +105,13 @@ class Table:
         Raises:
             PysteerError: the number of rows is not the one announced (checked in eager code only).
         """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.mask is None and self.rows is not None:
+            y = self.call.again(x, self.slot, self.strength, self.clock, self.span, self.visits, self.rows, _CALL)
+            if y is not None:
+                return y
         visit = math.prod(x.shape[1:-1] if self.site.layout != "channels" else x.shape[2:]) + _CALL
-        if torch.compiler.is_compiling():
+        if compiling:
             # Element-wise over S numbers, because Inductor would leave its fused code for a scatter.
             self.visits.add_(torch.where(self.index == self.clock, visit, 0))
         else:

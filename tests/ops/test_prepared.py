@@ -1,5 +1,6 @@
 """Prepared ops: the bits, errors and gradients of the op itself, and the direct way where it is meant to be taken."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -26,6 +27,11 @@ def parts(op: str, variant: str, sizes: dict[str, int], **more: Any) -> tuple[Te
     return x, table, prepare(spec.function, **inputs)
 
 
+def takes_two_kernels(op: str, given: dict[str, Any]) -> bool:
+    """Whether the mean of a row is taken by a kernel of its own."""
+    return bool(given.get("bounds_of_mean") or (op == "low_rank_shift" and given.get("of_mean")))
+
+
 def of_affine() -> tuple[Tensor, dict[str, Any], Prepared]:
     return parts("affine_shift", "bounded", {})
 
@@ -36,7 +42,7 @@ def whole(prepared: Prepared, x: Tensor, table: dict[str, Any]) -> Tensor:
 
 def directly(prepared: Prepared) -> int:
     """How many kinds of calls go the direct way."""
-    return sum(each is not None for each in prepared._known.values())
+    return len(prepared._kept)
 
 
 def refuse_whole(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +66,7 @@ def test_same_bits_as_the_op(op: str, variant: str, sizes: dict[str, int], layou
             assert y.stride() == expected.stride()
         assert not torch.equal(expected, x)
         compiled = get(op).implementation(x=x, **prepared.given, **table) == "cpu"
-        assert directly(prepared) == (compiled and op in DIRECT)
+        assert directly(prepared) == (compiled and op in DIRECT and not takes_two_kernels(op, prepared.given))
 
 
 @needs_extension
@@ -143,7 +149,7 @@ def test_gradients_transforms_modes_and_backends_take_the_whole_way() -> None:
     assert any("affine_shift" in name for name in seen)
     with backend("reference"):
         prepared(x, **table)
-        assert None in prepared._known.values()
+        assert len(prepared._whole) == 1
     assert torch.equal(prepared(x, **table), expected)
 
 
@@ -163,7 +169,33 @@ def test_no_more_shapes_are_kept_than_needed() -> None:
     _, table, prepared = of_affine()
     for tokens in range(1, 80):
         prepared(torch.zeros(1, tokens, 40), **table)
-    assert len(prepared._known) <= 64
+    assert 0 < directly(prepared) <= 64
+
+
+@needs_extension
+def test_a_kept_call_counts_and_looks_at_the_number_of_rows() -> None:
+    x, table, prepared = of_affine()
+    expected, counts = prepared(x, **table), torch.zeros_like(table["strength"][:, 0], dtype=torch.int64)
+    values = list(table.values())
+    y = prepared.again(x, *values, counts, len(x), 1 << 36)
+    assert y is not None
+    assert torch.equal(y, expected)
+    assert counts.sum() == counts[table["clock"]] == (1 << 36) + x.shape[1]
+    assert prepared.again(x, *values, counts, len(x) + 1, 0) is None
+    assert prepared.again(x, values[0].clone(), *values[1:], counts, len(x), 0) is None  # of another table
+    assert counts.sum() == (1 << 36) + x.shape[1]
+    with pytest.raises(TypeError, match="again"):
+        prepared.again(x)
+
+
+@needs_extension
+def test_a_copy_keeps_calls_of_its_own() -> None:
+    x, table, prepared = of_affine()
+    expected = prepared(x, **table)
+    for other in (copy.deepcopy(prepared), copy.copy(prepared)):
+        assert directly(other) == 0
+        assert torch.equal(other(x, **table), expected)
+        assert directly(other) == directly(prepared) == 1
 
 
 def test_counts_go_to_the_current_step() -> None:
