@@ -115,46 +115,42 @@ def dose_response(
     """PNG of target rate, kept rate (both with Wilson bands) and feature distance against strength, a column a curve.
 
     `target_name` and `kept_name` name the two rates ("square", "colour kept"); `ceiling` draws the rate of the prompt
-    swap as a dashed line. Raises `InputError` without points.
+    swap as a dashed line; distances that are all NaN get no panel. Raises `InputError` without points.
     """
     if not curves or any(not curve.points for curve in curves):
         raise InputError("dose-response curves", value=len(curves), allowed="at least one with points", fix="add some")
     colours = _THEMES[theme]
-    width = 3.1 + 3.3 * len(curves)
-    figure, axes = _new(2, len(curves), (width, 4.6), colours)
+    far = [p.distance for c in curves for p in c.points if math.isfinite(p.distance)]
+    rows = 2 if far else 1  # no panel for distances that were not measured
+    figure, axes = _new(rows, len(curves), (3.1 + 3.3 * len(curves), 4.6 if far else 3.4), colours)
     for column, curve in enumerate(curves):
-        top, bottom = axes[0, column], axes[1, column]
+        top = axes[0, column]
         points = sorted(curve.points, key=lambda point: point.strength)
         xs = [point.strength for point in points]
         _line(top, xs, [point.kept for point in points], colours.kept, "s", kept_name)
         _line(top, xs, [point.target for point in points], colours.target, "o", target_name)
         if ceiling is not None:
             top.axhline(ceiling.value, color=colours.soft, linewidth=1.1, linestyle=(0, (4, 3)), label="prompt swap")
-        bottom.plot(xs, [p.distance for p in points], color=colours.distance, marker="D", markersize=3.8, linewidth=1.7)
-        for axis in (top, bottom):
-            if curve.chosen is not None:
-                axis.axvline(curve.chosen, color=colours.soft, linewidth=0.9, alpha=0.7)
+        if far:
+            distances = [p.distance for p in points]
+            axes[1, column].plot(xs, distances, color=colours.distance, marker="D", markersize=3.8, linewidth=1.7)
         if curve.chosen is not None:
+            for axis in axes[:, column]:
+                axis.axvline(curve.chosen, color=colours.soft, linewidth=0.9, alpha=0.7)
             top.annotate(
                 "used", (curve.chosen, 1.045), xytext=(3, 0), textcoords="offset points", fontsize=8, color=colours.soft
             )
         top.set_title(curve.label, loc="left", fontsize=10.5, color=colours.ink, fontweight="bold")
         top.set_ylim(-0.03, 1.09)
-        bottom.set_xlabel("strength", fontsize=9, color=colours.soft)
-    farthest = max((p.distance for c in curves for p in c.points if math.isfinite(p.distance)), default=0.0)
-    axes[1, 0].set_ylim(0, 1.12 * farthest or 1.0)
+        axes[-1, column].set_xlabel("strength", fontsize=9, color=colours.soft)
     axes[0, 0].set_ylabel("share of images", fontsize=9, color=colours.soft)
-    axes[1, 0].set_ylabel("feature distance\nto baseline", fontsize=9, color=colours.soft)
+    if far:
+        axes[1, 0].set_ylim(0, 1.12 * max(far) or 1.0)
+        axes[1, 0].set_ylabel("feature distance\nto baseline", fontsize=9, color=colours.soft)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     order = [1, 0, *range(2, len(labels))]
-    figure.legend(
-        [handles[i] for i in order],
-        [labels[i] for i in order],
-        loc="outside right upper",
-        frameon=False,
-        fontsize=9,
-        labelcolor=colours.ink,
-    )
+    named = [handles[i] for i in order], [labels[i] for i in order]
+    figure.legend(*named, loc="outside right upper", frameon=False, fontsize=9, labelcolor=colours.ink)
     return drawn(figure, [
         {"curve": curve.label, "strength": point.strength, **_rate("target", point.target), **_rate("kept", point.kept),
          "feature_distance": point.distance, "used": point.strength == curve.chosen}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pysteer.report.drawn import drawn
 from pysteer.report.figures import _THEMES, Theme, _new
@@ -40,7 +41,9 @@ def heatmap(
                 continue
             ink = colours.surface if value > 0.5 else colours.ink
             axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
-    axis.set_xticks(range(len(columns)), columns)
+    crowded = max(map(len, columns), default=0) > 8  # names that would run into each other stand at an angle
+    angle: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axis.set_xticks(range(len(columns)), columns, **angle)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xlabel(x, color=colours.soft, fontsize=9)
     axis.set_title(title, color=colours.ink, fontsize=10, loc="left")

@@ -56,6 +56,12 @@ class Figure:
     kind: str = "figure"
 
     @property
+    def width(self) -> int | None:
+        """Width in CSS pixels at which a drawn figure has words as large as those of the page; None for others."""
+        drawn = getattr(self.light, "figure", None)
+        return None if drawn is None else round(96 * drawn.get_figwidth())
+
+    @property
     def light_data(self) -> str:
         return _data(self.light)
 

@@ -121,14 +121,14 @@ def comparison_grid(
 def labelled_rows(rows: Sequence[Row], prompts: Sequence[str] = (), *, tile: int = 96) -> Image.Image:
     """Sheet with a labelled row a setting and a column a prompt; the prompts are written above the columns.
 
-    A strength strip is the same sheet with one row a strength.
+    A strength strip is the same sheet with one row a strength. Without prompts, rows may differ in length.
     """
     if not rows:
         raise InputError("rows of the sheet", value=0, allowed="at least one", fix="add rows")
     for row in rows:
         _check(row.images, f"images of row {row.label!r}")
-    count = rows[0].images.shape[0]
-    if any(row.images.shape[0] != count for row in rows) or (prompts and len(prompts) != count):
+    count = max(row.images.shape[0] for row in rows)
+    if prompts and (len(prompts) != count or any(row.images.shape[0] != count for row in rows)):
         raise InputError(
             "columns of the sheet",
             value=[row.images.shape[0] for row in rows] + ([len(prompts)] if prompts else []),
@@ -152,7 +152,7 @@ def labelled_rows(rows: Sequence[Row], prompts: Sequence[str] = (), *, tile: int
         top = y + (tile - 19 * len(lines) - 14 * len(notes)) // 2
         _write(draw, lines, 12, top, 15, _INK)
         _write(draw, notes, 12, top + 19 * len(lines), 11, _SOFT)
-        for column in range(count):
+        for column in range(row.images.shape[0]):
             _paste(sheet, row.images[column], side + column * step, y, tile)
     return sheet
 

@@ -27,6 +27,7 @@ from pysteer.report import (
     png,
     render,
 )
+from pysteer.report.heatmap import heatmap
 
 ATTACK = "<script>alert('x')</script> \"on load\" & 'q'"
 
@@ -131,6 +132,20 @@ def test_dose_response_draws_its_data():
     assert sum(Image.open(io.BytesIO(dark)).convert("RGB").getpixel((2, 2))) < 150
     with pytest.raises(InputError, match="at least one"):
         dose_response([], **args)
+    near = DoseCurve("Text", [DosePoint(s, share(50), share(98), float("nan")) for s in (0.0, 1.0)])
+    assert len(dose_response([near], **args).figure.axes) == 1  # distances that were not measured get no panel
+
+
+def test_drawn_figures_stand_in_the_size_of_the_text_and_names_do_not_overlap():
+    args = {"target_name": "square", "kept_name": "colour kept"}
+    html = render(Report("t", "l", [Section("one", "One", [Figure(dose_response([curve()], **args), "a figure")])]))
+    assert re.search(r'<img [^>]*width="614"', html)  # 6.4 inches of 96 pixels
+    assert "width=" not in re.search(r"<img [^>]*>", page())[0]
+    names = ["background=black", "colour=blue"]
+    for columns, angle in ((names, 35), (["0", "1"], 0)):
+        drawn = heatmap([[0.0, 1.0], [1.0, float("nan")]], names, columns, x="said", title="t")
+        assert {label.get_rotation() for label in drawn.figure.axes[0].get_xticklabels()} == {angle}
+        assert len(drawn.csv().decode().splitlines()) == 4  # a heading, and the cells that are there
 
 
 def blue_pixels(data):

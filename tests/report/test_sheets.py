@@ -54,6 +54,13 @@ def test_unequal_counts_are_named():
     with pytest.raises(InputError, match="3 baseline, 2 steered"):
         comparison_grid(flat(3, (0, 0, 0)), flat(2, (0, 0, 0)), ["p"] * 3)
     with pytest.raises(InputError, match="columns"):
-        labelled_rows([Row("a", flat(3, (0, 0, 0))), Row("b", flat(2, (0, 0, 0)))])
+        labelled_rows([Row("a", flat(3, (0, 0, 0))), Row("b", flat(2, (0, 0, 0)))], ["p"] * 3)
     with pytest.raises(InputError, match="float32"):
         labelled_rows([Row("a", torch.zeros(1, 4, 4, 3))])
+
+
+def test_rows_without_prompts_may_differ_in_length():
+    sheet = labelled_rows([Row("a", flat(1, (250, 0, 0))), Row("b", flat(3, (0, 250, 0)))], tile=24)
+    last = [sheet.getpixel((sheet.width - 20, y)) for y in range(sheet.height)]
+    assert (0, 250, 0) in last
+    assert (250, 0, 0) not in last

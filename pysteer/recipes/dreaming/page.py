@@ -166,7 +166,5 @@ def _sheet(shown: Representation, kind: str, features: Sequence[Mapping[str, Any
             continue
         chosen = images[:: max(1, len(images) // _TILES)][:_TILES]
         pixels = [decode_png(shown.path(each["image"]).read_bytes()) for each in chosen]
-        while len(pixels) < _TILES:
-            pixels.append(torch.full_like(pixels[0], 255))
         rows.append(Row(f"{kind} {row['feature']}", torch.stack(pixels), str(row["label"])))
-    return png(labelled_rows(rows, [""] * _TILES, tile=72)) if rows else None
+    return png(labelled_rows(rows, tile=72)) if rows else None

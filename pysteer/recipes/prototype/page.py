@@ -92,9 +92,7 @@ def figures(results: PairResults) -> dict[str, Callable[[str], bytes]]:
     names: dict[str, Any] = {"target_name": f"shows {results.pair.target}", "kept_name": f"{name} kept"}
     curves = []
     for kind, sets in results.doses.items():
-        points = [
-            DosePoint(m.strength, m.target, _kept(m, name), 0.0 if math.isnan(m.distance) else m.distance) for m in sets
-        ]
+        points = [DosePoint(m.strength, m.target, _kept(m, name), m.distance) for m in sets]
         curves.append(DoseCurve(f"{kind} steering", points, results.headline[kind].strength))
     bars = [
         Bar(m.label, m.target, _kept(m, name), m.group)
@@ -144,21 +142,25 @@ def settings_table(results: PairResults) -> Table:
     pair = results.pair
     others = sorted({name for m in results.headline.values() for name in m.relative})
     columns = ["setting", f"shows {pair.target}", f"still {pair.source}"]
-    columns += [f"{name} kept" for name in others] + ["all others kept", "change outside", "distance", "to swap"]
+    columns += [f"{name} kept" for name in others] + ["all others kept", "change outside"]
+    far = not all(math.isnan(m.distance) for m in results.headline.values())
+    columns += ["distance", "to swap"] if far else []
     rows, strong = [], []
     for i, m in enumerate(results.headline.values()):
         if m.group == "steered":
             strong.append(i)
         row = [m.label, interval(m.target), percent(m.source.value)]
         row += [percent(m.relative[name].value) if name in m.relative else "" for name in others]
-        row += [interval(m.all_relative), percent(m.outside), _number(m.distance), _number(m.to_swap)]
+        row += [interval(m.all_relative), percent(m.outside)]
+        row += [_number(m.distance), _number(m.to_swap)] if far else []
         rows.append(row)
     caption = (
         f"{pair.name}: {results.headline['baseline'].count} prompts, the same noise in every row. Brackets are 95 % "
         "intervals (Wilson; for ratios Bonett and Price). Kept: the share of prompts whose stated attribute is shown, "
-        "divided by the unsteered share. Change outside: mean absolute pixel change outside the object's box. "
-        "Distance: squared Frechet distance of classifier features to the unsteered images and to the prompt swap."
+        "divided by the unsteered share. Change outside: mean absolute pixel change outside the object's box."
     )
+    if far:
+        caption += " Distance: squared Frechet distance of classifier features to the unsteered images, or to the swap."
     return Table(caption, columns, rows, strong)
 
 
@@ -205,7 +207,8 @@ def pair_section(
     blocks: list[Block] = [settings_table(results)]
     captions = {
         "dose-response": "Rates against strength, with 95 % Wilson bands; dashed: the prompt swap of all prompts. "
-        f"Below: squared Frechet distance of classifier features to the unsteered images ({len_of(results)} prompts).",
+        f"Below, where it was measured: squared Frechet distance of classifier features to the unsteered images "
+        f"({len_of(results)} prompts).",
         "settings": "All settings on the same prompts and noise.",
     }
     for name, draw in figures(results).items():

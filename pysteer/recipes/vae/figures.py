@@ -53,7 +53,9 @@ def curves(panels: Sequence[tuple[str, Curves, bool]]) -> Callable[[Theme], byte
                 axis.plot(steps, mean, color=colour, linewidth=1.9, marker=".", markersize=3, label=condition)
             axis.set_title(title, loc="left", fontsize=10, color=colours.ink)
             axis.set_xlabel("step", fontsize=9, color=colours.soft)
-            if logarithmic:
+            every = [value for _, own in found.values() for line in own for value in line]
+            # Ticks of a logarithmic axis within less than a decade are no help.
+            if logarithmic and every and max(every) > 5 * min(every) > 0:
                 axis.set_yscale("log")
             axis.tick_params(which="minor", colors=colours.soft, labelsize=8)
         axes[0].legend(frameon=False, fontsize=9, labelcolor=colours.ink)
