@@ -14,6 +14,7 @@ ROWS = [
     Row("affine_shift", Case(64, 4096, 1280, BF16, "channels_first", "one"), GPU),
     Row("affine_shift", Case(4, 1024, 2048, BF16, strength="one"), BOTH, "bounded"),
     Row("affine_shift", Case(4, 1024, 2048, BF16, strength="one", options={"of_mean": True}), BOTH, "mean"),
+    Row("affine_shift", Case(4, 1024, 2048, BF16, strength="one"), variant="mean-bounds"),
     *[
         Row("affine_shift", Case(4, 4096, 320, BF16, layout, "one", options={"of_mean": True}), BOTH, "bounded-mean")
         for layout in ("channels_first", "channels_last")

@@ -21,6 +21,7 @@ ROWS = [
     _row(Case(4, 1024, 2048, BF16), 64),
     _row(Case(4, 1024, 1024, FP32), 8),
     _row(Case(4, 4096, 320, BF16, "channels_first"), 8, BOTH),
+    Row("low_rank_shift", Case(4, 1024, 1024, BF16, strength="one", sizes={"rank": 8}), CPU, "mean"),
     _row(Case(32, 4096, 2048, BF16), 8, GPU),
     _row(Case(32, 4096, 2048, BF16), 64, GPU),
 ]

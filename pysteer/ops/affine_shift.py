@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pysteer.errors import InputError
 from pysteer.ops import backends
+from pysteer.ops.by_mean import kernel_serves, launch_by_mean, shift_by_mean
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, dispatch, plain_torch_needed, refuse_out
 from pysteer.ops.launch import Launch, addresses, choose, on_device, packed, raise_for, run_compiled, stream_of
@@ -23,6 +24,7 @@ _SCHEMA = (
     "(Tensor x, Tensor gain, Tensor bias, Tensor slot, Tensor strength, Tensor clock, Tensor? span,"
     " Tensor? low, Tensor? high, bool of_mean, int channel_dim) -> Tensor"
 )
+_BY_MEAN = "affine_by_mean"
 
 
 def _within(base: Tensor, which: Tensor, low: Tensor, high: Tensor, channel_dim: int) -> Tensor:
@@ -172,7 +174,7 @@ def affine_shift(
     With bounds only values low < x < high are shifted, all others come back bit for bit. With `of_mean` the shift is
     that of the mean m over the tokens of each row and channel, y = x + s ((g - 1) m + b), where low < m < high: the
     form of Linear-AcT on maps. A span then says which tokens make the mean and are shifted. With `bounds_of_mean` every
-    value is shifted by its own shift where low < m < high: the form of Gaussian transport on maps, in plain torch.
+    value is shifted by its own shift where low < m < high: the form of Gaussian transport on maps.
 
     Args:
         x: [R, D], [R, *tokens, D], or [R, D, *tokens] with `channel_dim` 1; fp32, bf16 or fp16 (fp64 in plain torch).
@@ -201,8 +203,12 @@ def affine_shift(
     if bounds_of_mean and not of_mean:
         if out is not None and x.requires_grad and torch.is_grad_enabled():
             refuse_out(x)
-        table = (gain, bias, slot, strength, clock, span)
-        y = affine_shift_reference(x, *table, low=low, high=high, bounds_of_mean=True, channel_dim=channel_dim)
+        table = (slot, strength, clock, span)
+        parameters = (gain, bias, strength)
+        if low is not None and high is not None and kernel_serves(_BY_MEAN, x, out, channel_dim, parameters):
+            return shift_by_mean(_BY_MEAN, x, (gain, bias, low, high), *table, out, channel_dim)
+        options: dict[str, Any] = {"low": low, "high": high, "bounds_of_mean": True, "channel_dim": channel_dim}
+        y = affine_shift_reference(x, gain, bias, *table, **options)
         return y if out is None else out.copy_(y)
     # In a compiled graph plain torch fuses into its neighbours, an opaque op would cost a pass over memory.
     if torch.compiler.is_compiling() or plain_torch_needed(gain, bias, strength):
@@ -250,7 +256,7 @@ def _unsure(
 
 def _implementation(x: Tensor, out: Tensor | None = None, channel_dim: int = -1, **inputs: Any) -> str:
     if inputs.get("bounds_of_mean"):
-        return "reference"
+        return launch_by_mean(_BY_MEAN, x, out, channel_dim).backend
     return choose("affine_shift", x, torch.empty_like(x) if out is None else out, channel_dim).backend
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pysteer.ops import backends
+from pysteer.ops.by_mean import kernel_serves, launch_by_mean, shift_by_mean
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, dispatch, plain_torch_needed, refuse_out
 from pysteer.ops.launch import Launch, choose, on_device, packed, raise_for, run_compiled
@@ -20,6 +21,7 @@ _SCHEMA = (
     "(Tensor x, Tensor read, Tensor write, Tensor bias, Tensor slot, Tensor strength, Tensor clock, Tensor? span,"
     " int channel_dim) -> Tensor"
 )
+_BY_MEAN = "low_rank_by_mean"
 _LARGEST_RANK = {"cpu": 64, "triton": 64}  # of the fast kernels
 
 
@@ -123,8 +125,7 @@ def low_rank_shift(
     is read = v, write = -v; replacing direction v by w is write = w - v. Row r uses parameter set `slot[clock, r]` with
     strength s = `strength[clock, r]`; rows with slot 0 or strength 0 and tokens outside their span come back bit for
     bit. Arithmetic is fp32 with one rounding to the dtype of `x`. Differentiable in everything; in `x` with the fast
-    kernels. With `of_mean` all tokens of a row are shifted by what the mean of those in its span is shifted by, in
-    plain torch.
+    kernels. With `of_mean` all tokens of a row are shifted by what the mean of those in its span is shifted by.
 
     Args:
         x: [R, D], [R, *tokens, D], or [R, D, *tokens] with `channel_dim` 1; fp32, bf16 or fp16 (fp64 in plain torch).
@@ -152,6 +153,9 @@ def low_rank_shift(
     arguments = (read, write, bias, slot, strength, clock, span)
     if of_mean and out is not None and x.requires_grad and torch.is_grad_enabled():
         refuse_out(x)
+    if of_mean and kernel_serves(_BY_MEAN, x, out, channel_dim, (read, write, bias, strength)):
+        banks, table = arguments[:3], (slot, strength, clock, span)
+        return shift_by_mean(_BY_MEAN, x, banks, *table, out, channel_dim, read.shape[1])
     if of_mean or _in_plain_torch(x, read.shape[1]) or plain_torch_needed(read, write, bias, strength):
         y = low_rank_shift_reference(x, *arguments, of_mean=of_mean, channel_dim=channel_dim)
         return y if out is None else out.copy_(y)
@@ -187,7 +191,7 @@ def _make_inputs(case: Case) -> dict[str, Any]:
 
 def _implementation(x: Tensor, read: Tensor, out: Tensor | None = None, channel_dim: int = -1, **inputs: Any) -> str:
     if inputs.get("of_mean"):
-        return "reference"
+        return launch_by_mean(_BY_MEAN, x, out, channel_dim).backend
     return _choose(x, torch.empty_like(x) if out is None else out, read.shape[1], channel_dim).backend
 
 

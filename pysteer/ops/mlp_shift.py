@@ -1,19 +1,18 @@
 """`mlp_shift`: every token of a row is shifted by what a small network makes of the mean of the row's tokens.
 
 The form of a learned transport map that is conditioned on the sample. The network sees one vector per row, so all it
-costs is the mean and the sum; on a CPU the sum is the kernel of `affine_shift` with a parameter set per row.
+costs is a read for the means and a pass for the sum.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 
-from pysteer.ops.affine_shift import affine_shift
+from pysteer.ops.by_mean import kernel_serves, launch_by_mean, shift_by_mean
 from pysteer.ops.checks import check_activation, check_banks, check_table
-from pysteer.ops.declare import has_memory, plain_torch_needed, refuse_out
-from pysteer.ops.launch import choose
+from pysteer.ops.declare import refuse_out
 from pysteer.ops.lookup import active_tokens, along, full_precision, laid_out_like, look_up, means_of_rows
 from pysteer.ops.registry import Case, SteeringSpec, activation, tables
 
@@ -47,56 +46,6 @@ def mlp_shift_reference(
     shift = (hidden if residual else hidden - mean)[:, 0]
     y = wide + along(s.to(wide.dtype), x, channel_dim) * along(shift, x, channel_dim)
     return laid_out_like(torch.where(active, y.to(x.dtype), x), x)
-
-
-def _network(mean: Tensor, which: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The network of every row [R, D], row by row: no copies of weights, no word of the other rows; 0 for slot 0."""
-    result = torch.zeros_like(mean)
-    for row, number in enumerate(which.tolist()):
-        if number:
-            hidden = mean[row]
-            for depth, (weight, bias) in enumerate(layers):
-                hidden = linear(gelu(hidden) if depth else hidden, weight[number], bias[number])
-            result[row] = hidden
-    return result
-
-
-def _on_cpu(
-    x: Tensor,
-    layers: list[tuple[Tensor, Tensor]],
-    slot: Tensor,
-    strength: Tensor,
-    clock: Tensor,
-    span: Tensor | None,
-    residual: bool,
-    channel_dim: int,
-    out: Tensor | None,
-) -> Tensor:
-    """The same with the shift added by a kernel, in one pass behind that of the mean."""
-    rows, width = x.shape[0], x.shape[channel_dim]
-    which, s = look_up(slot, strength, clock, rows)
-    if span is None and x.dim() > 2:
-        dims = [dim for dim in range(1, x.dim()) if dim != channel_dim % x.dim()]
-        mean = x.mean(dims, dtype=torch.float32)
-    else:
-        wide = x.float()
-        mean = means_of_rows(wide, active_tokens(x, which, s, span, channel_dim), span, channel_dim)
-    mean = mean.reshape(rows, width)
-    with full_precision(x):
-        shift = _network(mean, which, layers)
-    bias = torch.zeros(rows + 1, width)
-    bias[1:] = shift if residual else shift - mean
-    sets = torch.arange(1, rows + 1, dtype=torch.int32).mul_(which != 0)[None]
-    table = (sets, s[None].contiguous(), clock.new_zeros(()), None if span is None else span[:rows].contiguous())
-    return affine_shift(x, torch.ones_like(bias), bias, *table, channel_dim=channel_dim, out=out)
-
-
-def _kernel_serves(x: Tensor, channel_dim: int, out: Tensor | None, tensors: list[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or not has_memory(x) or plain_torch_needed(*tensors):
-        return False
-    wants_grad = torch.is_grad_enabled() and any(each.requires_grad for each in (x, *tensors))
-    target = x if out is None else out
-    return not wants_grad and choose("affine_shift", x, target, channel_dim).backend == "cpu"
 
 
 def mlp_shift(
@@ -148,13 +97,11 @@ def mlp_shift(
     check_table(x, slot, strength, clock, span)
     if out is not None and x.requires_grad and torch.is_grad_enabled():
         refuse_out(x)
-    layers = [(first, first_bias), (second, second_bias), (third, third_bias)]
-    if _kernel_serves(x, channel_dim, out, [strength, *(tensor for layer in layers for tensor in layer)]):
-        return _on_cpu(x, layers, slot, strength, clock, span, residual, channel_dim, out)
-    y = mlp_shift_reference(
-        x, first, first_bias, second, second_bias, third, third_bias, slot, strength, clock, span,
-        residual=residual, channel_dim=channel_dim,
-    )  # fmt: skip
+    banks = (first, first_bias, second, second_bias, third, third_bias)
+    if size and kernel_serves("mlp_shift", x, out, channel_dim, (*banks, strength)):
+        table = (slot, strength, clock, span)
+        return shift_by_mean("mlp_shift", x, banks, *table, out, channel_dim, size, residual)
+    y = mlp_shift_reference(x, *banks, slot, strength, clock, span, residual=residual, channel_dim=channel_dim)
     return y if out is None else out.copy_(y)
 
 
@@ -172,8 +119,7 @@ def _make_inputs(case: Case) -> dict[str, Any]:
 
 
 def _implementation(x: Tensor, channel_dim: int = -1, out: Tensor | None = None, **_: Any) -> str:
-    served = choose("affine_shift", x, x if out is None else out, channel_dim).backend
-    return served if served == "cpu" else "reference"
+    return launch_by_mean("mlp_shift", x, out, channel_dim).backend
 
 
 SPEC = SteeringSpec(

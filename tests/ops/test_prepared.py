@@ -14,7 +14,7 @@ from pysteer.ops import Case, backend, backend_status, get, prepare
 from pysteer.ops.prepared import Prepared, count_at
 
 # One kernel on the tensors given.
-DIRECT = ("affine_shift", "gradient_shift", "low_rank_shift", "prototype_shift", "sae_edit")
+DIRECT = ("affine_shift", "gradient_shift", "low_rank_shift", "mlp_shift", "prototype_shift", "sae_edit")
 needs_extension = pytest.mark.skipif(not backend_status()["cpu"].live, reason="the compiled extension is not built")
 
 
@@ -25,11 +25,6 @@ def parts(op: str, variant: str, sizes: dict[str, int], **more: Any) -> tuple[Te
     inputs = spec.make_inputs(case)
     x, table = inputs.pop("x"), {name: inputs.pop(name) for name in ("slot", "strength", "clock", "span")}
     return x, table, prepare(spec.function, **inputs)
-
-
-def takes_two_kernels(op: str, given: dict[str, Any]) -> bool:
-    """Whether the mean of a row is taken by a kernel of its own."""
-    return bool(given.get("bounds_of_mean") or (op == "low_rank_shift" and given.get("of_mean")))
 
 
 def of_affine() -> tuple[Tensor, dict[str, Any], Prepared]:
@@ -66,7 +61,7 @@ def test_same_bits_as_the_op(op: str, variant: str, sizes: dict[str, int], layou
             assert y.stride() == expected.stride()
         assert not torch.equal(expected, x)
         compiled = get(op).implementation(x=x, **prepared.given, **table) == "cpu"
-        assert directly(prepared) == (compiled and op in DIRECT and not takes_two_kernels(op, prepared.given))
+        assert directly(prepared) == (compiled and op in DIRECT)
 
 
 @needs_extension
