@@ -4,34 +4,43 @@
     python -m bench.sweep --table            # prints what is kept
 
 64 settings x 8 prompts on the bundled Infinity: two sites, four ranges of scales, eight strengths. The sequential way
-generates the 8 unsteered images and then the 8 steered ones of every setting, steered by a forward hook in plain torch
-as the published steering code does it. It is measured on some of the settings and counted for all of them; judging and
-storing are left out there. The sweep is measured as `pysteer sweep` runs it, with judging and storing. Loading (but for
-processes, which load for themselves) and fitting are left out everywhere. Rows are packed, then prefixes are shared as
-well, then there is a process per core.
+generates the 8 unsteered images and then the 8 steered ones of every setting, steered by a forward hook in plain
+torch as the published steering code does it, judges them and writes them to PNG files. It is measured on some of the
+settings and counted for all of them, twice: as runs of a script, a process each that loads the model as scripts do,
+and as a loop in one process in which the model is loaded already. The sweep is measured in the same two ways, as
+`pysteer sweep` in a process of its own and in this process without loading. Fitting is left out everywhere. Rows are
+packed, then prefixes are shared as well, then there is a process per core.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from bench.record import append, machine, stored
+from pysteer import zoo
 from pysteer.recipes.config import build_config
+from pysteer.recipes.prototype.data import parse_pair
+from pysteer.recipes.prototype.judge import ShapesJudge
 from pysteer.sweep import Launch, Options, SweepPlan, plan_sweep, run_sweep
 from pysteer.sweep.runs import noise_seed
 from pysteer.sweep.store import Store
 from pysteer.sweep.tasks.images import ImagesEngine, ImageSetting
+from pysteer.sweep.tasks.judging import measure as measure_images
 
 STRENGTHS = "linspace(0.25,2,8)"
 
@@ -84,28 +93,77 @@ def hooked(engine: ImagesEngine, setting: ImageSetting) -> Iterator[None]:
             hook.remove()
 
 
-def sequential(engine: ImagesEngine, plan: SweepPlan, count: int) -> tuple[float, float, int]:
-    """Seconds and processor seconds for `count` settings, and how many images differ from the sweep's own rows."""
+def sampled(plan: SweepPlan, count: int) -> list[list[ImageSetting]]:
+    """The rows of `count` settings, spread over all of them."""
     settings: dict[Any, list[ImageSetting]] = {}
     for i in range(len(plan)):
         s = build_config(ImageSetting, plan.cells.config(i))
         settings.setdefault((s.site, s.step, s.strength), []).append(s)
-    chosen = list(settings.values())[:: max(1, len(settings) // count)][:count]
+    return list(settings.values())[:: max(1, len(settings) // count)][:count]
+
+
+def run_setting(engine: ImagesEngine, rows: Sequence[ImageSetting], folder: Path) -> Tensor:
+    """One setting as scripts run it: the unsteered images, the steered ones, what a classifier sees, files of both."""
+    prompts, seeds = [s.prompt for s in rows], [noise_seed(s.prompt, s.seed) for s in rows]
+    before = engine.pipe(prompts, seeds=seeds).images.cpu()
+    with hooked(engine, rows[0]):
+        images = engine.pipe(prompts, seeds=seeds).images.cpu()
+    pair = parse_pair(rows[0].pair, 1)
+    judge = ShapesJudge(zoo.load_classifier("shapes"))
+    found = measure_images(judge, pair, images, before, prompts)
+    folder.mkdir(parents=True)
+    for name, some in (("unsteered", before), ("steered", images)):
+        for i, image in enumerate(some):
+            Image.fromarray(image.numpy()).save(folder / f"{name}-{i}.png")
+    (folder / "measures.json").write_text(json.dumps(found))
+    return images
+
+
+def sequential(engine: ImagesEngine, chosen: list[list[ImageSetting]], out: Path) -> tuple[float, float, int]:
+    """Seconds and processor seconds of a loop, and how many images differ from the sweep's own rows."""
     for rows in chosen:  # parameters are read before the clock runs
         engine.plan(rows[0])
     differ, seconds, used = 0, 0.0, 0.0
-    for rows in chosen:
-        prompts, seeds = [s.prompt for s in rows], [noise_seed(s.prompt, s.seed) for s in rows]
+    for number, rows in enumerate(chosen):
         start, cpu = time.perf_counter(), time.process_time()
-        engine.pipe(prompts, seeds=seeds)
-        with hooked(engine, rows[0]):
-            images = engine.pipe(prompts, seeds=seeds).images.cpu()
+        images = run_setting(engine, rows, out / f"loop-{number}")
         seconds, used = seconds + time.perf_counter() - start, used + time.process_time() - cpu
         ours = engine.generate(rows).images
         assert ours is not None
         far = (images.int() - ours.int()).abs().amax((1, 2, 3)) > 2
         differ += int(far.sum())
     return seconds, used, differ
+
+
+def one_run(setting: int, sample: int, prompts: int, model: str, folder: Path) -> None:
+    """One setting of the sample as a script of its own would run it; parameters are in `folder` already."""
+    plan = plan_sweep("images", words(prompts, model, True), Options())
+    rows = sampled(plan, sample)[setting]
+    engine = plan.task.open(rows[0], folder)
+    assert isinstance(engine, ImagesEngine)
+    run_setting(engine, rows, folder / f"run-{setting}")
+
+
+def as_processes(out: Path, found: dict[str, Any], sample: int) -> dict[str, Any]:
+    """Seconds of a process per setting, counted for all settings, and of the sweep as one process."""
+    model, prompts, fits = found["model"], found["prompts"], out / "shared" / "fits"
+    _copy(fits, out / "runs" / "fits")
+    start, cpu = time.perf_counter(), _processor_seconds()
+    for setting in range(sample):
+        given = [str(each) for each in (setting, sample, prompts, model, out / "runs")]
+        subprocess.run([sys.executable, "-m", "bench.sweep", "--one-run", *given], check=True)
+    times = found["settings"] / sample
+    every = {"runs_seconds": (time.perf_counter() - start) * times, "runs_cpu": (_processor_seconds() - cpu) * times}
+    own, folder = words(prompts, model, True), out / "command"
+    Store(folder).create(plan_sweep("images", own, Options()).mark(own))
+    _copy(fits, folder / "fits")
+    start, cpu = time.perf_counter(), _processor_seconds()
+    command = [sys.executable, "-m", "pysteer.cli", "sweep", "images", *own, "--out", str(out), "--name", "command"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds, used = time.perf_counter() - start, _processor_seconds() - cpu
+    done = Store(folder).workers().values()
+    assert sum(state["done"] for state in done) == found["settings"] * prompts, done
+    return every | {"command_seconds": seconds, "command_cpu": used}
 
 
 def measure(model: str, prompts: int, sample: int, processes: bool) -> dict[str, Any]:
@@ -121,10 +179,11 @@ def measure(model: str, prompts: int, sample: int, processes: bool) -> dict[str,
         for name in ("packed", "processes"):  # parameters are fitted beforehand, for everybody
             _copy(out / "shared" / "fits", out / name / "fits")
         found["settings"] = len(plan) // prompts
-        seconds, used, differ = sequential(engine, plan, sample)
+        seconds, used, differ = sequential(engine, sampled(plan, sample), out)
         times = found["settings"] / sample
         found |= {"sequential_sample": sample, "sequential_seconds": seconds * times, "sequential_cpu": used * times}
         found["images_that_differ_of"] = [differ, sample * prompts]
+        found |= as_processes(out, found, sample)
         for share in (False, True):
             found |= timed("shared" if share else "packed", out, words(prompts, model, share), Launch())
         if processes:
@@ -162,29 +221,34 @@ def _copy(source: Path, target: Path) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The result in lines."""
-    base, cost = result["sequential_seconds"], result["sequential_cpu"]
     lines = [
         "| way | seconds | times faster | processor seconds | times less | model work |",
         "|---|---|---|---|---|---|",
     ]
     named = {
-        "sequential": "one setting per run, hooks, a baseline each", "packed": "rows packed, no shared prefixes",
-        "shared": "rows packed, prefixes shared", "processes": "the same, a process per core",
+        "runs": "one setting per run: a process each, hooks, a baseline each",
+        "command": "`pysteer sweep`, one process, loading included",
+        "sequential": "the same runs as a loop, the model loaded already",
+        "packed": "rows packed, no shared prefixes, loaded already",
+        "shared": "rows packed, prefixes shared, loaded already",
+        "processes": "the same, a process per core",
     }  # fmt: skip
     for key, label in named.items():
         if f"{key}_seconds" in result:
+            base = "runs" if key in ("runs", "command") else "sequential"
+            first, cost = result[f"{base}_seconds"], result[f"{base}_cpu"]
             seconds, work = result[f"{key}_seconds"], result.get(f"{key}_work")
             part = "" if work is None else f"{work:.2f} of one run per cell"
             used = result[f"{key}_cpu"]
             lines.append(
-                f"| {label} | {seconds:.1f} | {base / seconds:.2f} | {used:.1f} | {cost / used:.2f} | {part} |"
+                f"| {label} | {seconds:.1f} | {first / seconds:.2f} | {used:.1f} | {cost / used:.2f} | {part} |"
             )
     count, settings = result["sequential_sample"], result["settings"]
     lines.append("")
     lines.append(
-        f"{settings} settings x {result['prompts']} prompts on {result['model']}; the first row is measured on {count} "
-        f"settings; {result['images_that_differ_of'][0]} of {result['images_that_differ_of'][1]} images differ from "
-        "those of the hooks."
+        f"{settings} settings x {result['prompts']} prompts on {result['model']}; the others are held against the row "
+        f"of runs or that of the loop, measured on {count} settings; {result['images_that_differ_of'][0]} of "
+        f"{result['images_that_differ_of'][1]} images differ from those of the hooks."
     )
     return "\n".join(lines)
 
@@ -197,7 +261,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--sample", type=int, default=8, help="settings that the sequential way is measured on")
     parser.add_argument("--processes", action="store_true", help="also in one process per core")
+    parser.add_argument("--one-run", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.one_run:
+        setting, sample, prompts, model, folder = given.one_run
+        one_run(int(setting), int(sample), int(prompts), model, Path(folder))
+        return
     if given.table:
         print(table(stored("sweep")[-1]["sweep"]))
         return
