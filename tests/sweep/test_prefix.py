@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pysteer.errors import PysteerError
 from pysteer.models.diffusion import ImageGenerator
 from pysteer.models.language import LanguageModel
 from pysteer.steering import Plan, SiteParameters
@@ -175,3 +176,19 @@ def test_a_poisoned_row_is_found_and_the_others_stand():
     clean = generate(runs, [rows[0], rows[2]])
     a, b = mixed.state.decoding.summed[mixed.index], clean.state.decoding.summed[clean.index]
     assert torch.equal(a[[0, 2]], b)
+
+
+def test_images_that_share_an_unconditional_row_fork_again_only_after_the_next_scale():
+    pipe = tiny_infinity.tiny_pipeline()
+    made = pipe.begin(["a red circle"], seeds=[5], cfg=3.0, tau=1.0, top_p=1.0).advance(1)
+    two = made.fork(torch.tensor([0, 0]), torch.tensor([5, 6]), twins=True)
+    assert two.rows == 3
+    with pytest.raises(PysteerError, match="advance before forking again"):
+        two.fork(torch.tensor([0, 1]))
+    three = two.advance(2).fork(torch.tensor([1, 0, 1])).advance()
+    alone = [pipe(["a red circle"], seeds=[s], cfg=3.0, tau=1.0, top_p=1.0).bits for s in (5, 6)]
+    assert torch.equal(three.bits[0][0], alone[0][0][0])
+    for scale in (1, 2):  # after the first scale a row draws from its own seed
+        assert torch.equal(three.bits[scale][0], three.bits[scale][2])
+        assert not torch.equal(three.bits[scale][0], three.bits[scale][1])
+    assert torch.equal(three.bits[2][1], alone[0][2][0])
