@@ -215,10 +215,12 @@ def store(folder: Path) -> Path:
     summary = read_json(folder / "summary.json", "summary of the run")
     if summary.get("recipe") != "vae-dynamics":
         raise InputError("run to keep", value=str(folder), allowed="a run of vae-dynamics")
+    config = read_json(folder / "run.json", "run")["config"]
     first = next(iter(sorted(folder.glob("**/result.json"))))
     about = {key: read_json(first)[key] for key in ("images", "steps", "parameters")}
-    headline = summary["headline"]
-    kept = {"name": folder.name, "about": about, "headline": headline, **machine()}
+    trainings = len(summary["tables"]["trainings"])
+    took = {"seconds": summary["seconds"], "trainings": trainings, "workers": config["workers"]}
+    kept = {"name": folder.name, "about": about, "took": took, "headline": summary["headline"], **machine()}
     return append("vae-dynamics", kept)
 
 
@@ -244,9 +246,19 @@ def runs_table() -> str:
         notes.append(
             f"{name}: {about['images']}, {found['mse']['pairs']} seeds, {about['steps']} steps, {about['parameters']} "
             f"parameters; of {planted[1]['planted_total']:.0f} planted channels {planted[1]['planted_found']:.0f} were "
-            f"found, {counts} (mean of the seeds); {where['processor']}, {result['date'][:10]}."
+            f"found, {counts} (mean of the seeds). {_time(result['took'])}; {where['processor']}, "
+            f"{where['threads']} threads, {result['date'][:10]}."
         )
     return "\n".join([*lines, "", *notes])
+
+
+def _time(took: dict[str, Any]) -> str:
+    minutes, each = took["seconds"] / 60, took["seconds"] / took["trainings"]
+    beside = f"{took['workers']} at a time" if took["workers"] > 1 else "one after the other"
+    return (
+        f"All {took['trainings']} trainings with tracking, classifying, nudging, evaluation and the report took "
+        f"{minutes:.1f} minutes, {beside}, {each:.0f} s each"
+    )
 
 
 def docs_text(text: str) -> str:

@@ -12,6 +12,7 @@ from pysteer import files
 from pysteer.errors import InputError
 from pysteer.recipes.frame import Run, Summary, recipe
 from pysteer.recipes.vae.cells import Cell, evaluate_folder, run_cells
+from pysteer.recipes.vae.checkpoint import full_disk_is_said
 from pysteer.recipes.vae.config import VaeDynamicsConfig, prepare
 from pysteer.recipes.vae.data import open_images
 from pysteer.recipes.vae.evaluate import METRICS
@@ -35,10 +36,11 @@ def run_vae_dynamics(config: VaeDynamicsConfig, run: Run) -> Summary:
         cells = run_cells(config, run)
         stage.notes.setdefault("cells", len(cells))
     compared = compare(cells)
-    run.write_parquet("metrics.parquet", [_row(cell) for cell in cells])
     run.log.info("%s", sentence(cells, compared))
     seconds = files.read_json(run.path("stages/train.json"), "stage marker")["seconds"]
-    write_report(run, config, cells, compared, seconds)
+    with full_disk_is_said("report", run.folder, cells[0].folder, config.saving.checkpoint_dir_prefix):
+        run.write_parquet("metrics.parquet", [_row(cell) for cell in cells])
+        write_report(run, config, cells, compared, seconds)
     return _summary(cells, compared)
 
 

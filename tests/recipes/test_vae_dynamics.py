@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,44 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path, 
     monkeypatch.setattr(files, "write_safetensors", write)
     resumed = _trained(tmp_path / "run", config)
     assert resumed.log_rows == expected.log_rows
+
+
+@contextmanager
+def _no_file_above(size: int):
+    """What the system itself says when a file may not grow: errors come from the write, not from a stand-in."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_real_write_that_fails_is_said_in_one_line_wherever_it_happens(tmp_path, monkeypatch):
+    config = _config("saving.save_interval_steps=2")
+    expected = _trained(tmp_path / "whole", config)
+    model = (tmp_path / "whole/final_model/vae" / WEIGHTS).stat().st_size
+    with _no_file_above(model + 4096), pytest.raises(InputError, match=r"for checkpoint: .*chkpt-2.* starts again"):
+        _trained(tmp_path / "run", config)  # the optimizer holds twice the model
+    assert list((tmp_path / "run").glob("*chkpt*")) == []
+    write = files.write_safetensors
+
+    def full_from_now_on(path, *arguments, **keywords):
+        if "channel_history" not in str(path) or not (tmp_path / "run/chkpt-4").is_dir():
+            return write(path, *arguments, **keywords)
+        with _no_file_above(100):
+            return write(path, *arguments, **keywords)
+
+    monkeypatch.setattr(files, "write_safetensors", full_from_now_on)
+    with pytest.raises(InputError, match=r"for files of a training: .* continues from step 4"):
+        train_and_evaluate(config, "nudge", 0, tmp_path / "run")
+    monkeypatch.setattr(files, "write_safetensors", write)
+    train_and_evaluate(config, "nudge", 0, tmp_path / "run")
+    assert list((tmp_path / "run").rglob("*.tmp*")) == []
+    assert json.loads((tmp_path / "run/result.json").read_text())["log"] == expected.log_rows
+    a, b = (load_file(tmp_path / run / "final_model/vae" / WEIGHTS) for run in ("whole", "run"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_infinite_losses_are_said():

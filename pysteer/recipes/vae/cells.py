@@ -17,6 +17,7 @@ from pysteer.errors import InputError
 from pysteer.recipes.config import build_config, config_values
 from pysteer.recipes.frame import Run
 from pysteer.recipes.progress import Show
+from pysteer.recipes.vae.checkpoint import full_disk_is_said
 from pysteer.recipes.vae.config import VaeDynamicsConfig
 from pysteer.recipes.vae.data import open_images
 from pysteer.recipes.vae.evaluate import evaluate, write_metrics
@@ -56,7 +57,18 @@ def train_and_evaluate(
     say: Callable[..., None] = lambda *_: None,
     show: Show = lambda *_: None,
 ) -> dict[str, Any]:
-    """Train one cell, evaluate it and write `result.json`; returns what is in it."""
+    """Train one cell, evaluate it and write `result.json`; returns what is in it.
+
+    Raises:
+        InputError: something of the configuration does not fit, or the disk is full.
+    """
+    with full_disk_is_said("files of a training", folder, folder, config.saving.checkpoint_dir_prefix):
+        return _train_and_evaluate(config, condition, seed, folder, say, show)
+
+
+def _train_and_evaluate(
+    config: VaeDynamicsConfig, condition: str, seed: int, folder: Path, say: Callable[..., None], show: Show
+) -> dict[str, Any]:
     data = config.data
     images = open_images(data, data.train_split_name)
     held = open_images(data, data.validation_split_name, validation=True) if data.do_validation else None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,28 @@ from pysteer import files
 from pysteer.errors import InputError
 
 STATE = "state.json"
+# A full disk, a used-up quota, a limit on the size of files; not every library passes the number on.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_SAYS = ("no space left", "quota exceeded", "file too large")
+
+
+@contextmanager
+def full_disk_is_said(what: str, place: Path, folder: Path, prefix: str) -> Iterator[None]:
+    """Turn the error of a write that finds no room into one line that says where the training in `folder` goes on.
+
+    Raises:
+        InputError: the disk is full; what was whole before is still there.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        text = str(error).lower()
+        if getattr(error, "errno", None) not in _FULL and not any(words in text for words in _FULL_SAYS):
+            raise
+        before = [number for number, _ in checkpoints(folder, prefix)]
+        goes_on = f"continues from step {max(before)}" if before else "starts again"
+        fix = f"make room and give the same command again, it {goes_on}"
+        raise InputError(f"no space left for {what}", value=str(place), fix=fix) from error
 
 
 def save_checkpoint(
@@ -33,20 +56,12 @@ def save_checkpoint(
     target = folder / f"{prefix}-{step}"
     if target.exists():
         shutil.rmtree(target)
-    try:
-        with files.new_folder(target) as temporary:
-            for name, held in tensors.items():
-                if not held:  # a classifier before its first window; a file of nothing cannot be read
-                    continue
-                files.write_safetensors(temporary / f"{name}.safetensors", held)
-            files.write_json(temporary / STATE, {"step": step, **state})
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        before = [number for number, _ in checkpoints(folder, prefix)]
-        goes_on = f"continues from step {max(before)}" if before else "starts again"
-        fix = f"make room and give the same command again, it {goes_on}"
-        raise InputError("no space left for checkpoint", value=str(target), fix=fix) from error
+    with full_disk_is_said("checkpoint", target, folder, prefix), files.new_folder(target) as temporary:
+        for name, held in tensors.items():
+            if not held:  # a classifier before its first window; a file of nothing cannot be read
+                continue
+            files.write_safetensors(temporary / f"{name}.safetensors", held)
+        files.write_json(temporary / STATE, {"step": step, **state})
     for _, old in checkpoints(folder, prefix)[:-keep]:
         shutil.rmtree(old)
 

@@ -16,7 +16,7 @@ from pysteer.recipes.config import config_values
 from pysteer.recipes.frame import Run
 from pysteer.recipes.prototype.page import versions
 from pysteer.recipes.vae.cells import Cell
-from pysteer.recipes.vae.config import STRATEGIES, VaeDynamicsConfig
+from pysteer.recipes.vae.config import STRATEGIES, InterventionPart, VaeDynamicsConfig
 from pysteer.recipes.vae.evaluate import BETTER, METRICS
 from pysteer.recipes.vae.figures import channel_map, curves, pairs, themed
 from pysteer.recipes.vae.paired import Paired
@@ -38,13 +38,14 @@ from pysteer.report.report import Block
 NAMES = {"mse": "MSE", "kl": "KL", "psnr": "PSNR, dB", "ssim": "SSIM", "feature_distance": "feature distance"}
 _SHOWN = 40  # dead channels in the table
 _SHEET = 10  # pictures in the sheet
+_ENLARGED = 128  # height in pixels to which small pictures are brought
 
 
 def number(value: float | None) -> str:
     """A figure in a table."""
     if value is None or math.isnan(value):
         return "not measured"
-    return f"{value:.4g}"
+    return f"{value:#.4g}".removesuffix(".")
 
 
 def sentence(cells: Sequence[Cell], compared: dict[str, Paired]) -> str:
@@ -128,7 +129,7 @@ def _training(cells: Sequence[Cell]) -> Section:
         rows.append(
             [f"{cell.condition}, seed {cell.seed}", *values, str(result["inactive"]), str(result["nudges"]), seconds]
         )
-    columns = ["training", *NAMES.values(), "dead at the end", "nudges of a channel", "time"]
+    columns = ["training", *NAMES.values(), "dead at the end", "channel nudges", "time"]
     caption = (
         "Held-out images, reconstructed through the mode of the posterior. MSE of pixels in [-1, 1]; KL summed over a "
         "sample; PSNR and SSIM in [0, 1]; feature distance: squared Frechet distance to the originals in features of "
@@ -232,6 +233,16 @@ def _pictures(cells: Sequence[Cell], split: str) -> Section:
     return Section("pictures", "Pictures", blocks or [Paragraph("No pictures were asked for.")])
 
 
+def _enlarged(path: Path) -> bytes:
+    """A small picture as PNG with every pixel drawn as a square, so that it can be looked at on a page."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        times = max(1, _ENLARGED // picture.height)
+        size = (picture.width * times, picture.height * times)
+        return png(picture.convert("RGB").resize(size, Image.Resampling.NEAREST))
+
+
 def _lens(cell: Cell) -> list[Block]:
     """The newest pictures of the lens, and the channels that matter most and least."""
     import csv
@@ -242,6 +253,8 @@ def _lens(cell: Cell) -> list[Block]:
     blocks: list[Block] = []
     newest = steps[-1]
     where = f"{cell.condition}, seed {cell.seed}, {newest.name.replace('_', ' ')}"
+    watched = (name for window in History(cell.folder / "channel_history").windows("train") for name in window.names)
+    names = {name.replace(".", "_"): name for name in watched}
     for layer in sorted(path for path in newest.iterdir() if path.is_dir()):
         for pattern, text in (
             ("activation_grids/sample_0.png", "maps of all channels, each scaled to its own range"),
@@ -249,7 +262,8 @@ def _lens(cell: Cell) -> list[Block]:
         ):
             path = layer / pattern
             if path.is_file():
-                blocks.append(Figure(path.read_bytes(), f"{layer.name}: {text}", f"{layer.name}: {text}."))
+                name = names.get(layer.name, layer.name)
+                blocks.append(Figure(_enlarged(path), f"{name}: {text}", f"{name}: {text}."))
     found: list[Block] = [Details(f"Lens ({where})", blocks)] if blocks else []  # type: ignore[arg-type]
     if (newest / "ablation.csv").is_file():
         with (newest / "ablation.csv").open(newline="", encoding="utf-8") as stream:
@@ -260,12 +274,22 @@ def _lens(cell: Cell) -> list[Block]:
     return found
 
 
+def _nudge(part: InterventionPart) -> str:
+    """What the nudge does to the scale of a dead channel."""
+    up_to = f", up to {part.max_scale_value:g}"
+    return {
+        "scale": f"multiplies the scale of a dead channel by {part.nudge_factor:g}{up_to}",
+        "add": f"adds {part.nudge_value_add:g} to the size of the scale of a dead channel{up_to}",
+        "reset": "sets the scale of a dead channel to 1",
+        "reinitialise": "draws the weights of a dead channel anew",
+    }[STRATEGIES[part.strategy]]
+
+
 def _how(config: VaeDynamicsConfig, cells: Sequence[Cell], seconds: float) -> Section:
     part, first = config.intervention, cells[0].result
     rule = f"Dead is {config.classification.method} below {config.classification.threshold} in a window of " \
         f"{config.tracking.track_interval} steps."  # fmt: skip
-    act = f"The nudge is {STRATEGIES[part.strategy]}, every {part.intervention_interval} steps, up to a scale of " \
-        f"{part.max_scale_value}."  # fmt: skip
+    act = f"The nudge {_nudge(part)}, every {part.intervention_interval} steps."
     text = f"{first['images']}; {first['parameters']} parameters, {first['steps']} steps each. {rule} {act} "
     text += f"{seconds:.0f} s in all; {versions()}."
     values = [
