@@ -45,8 +45,9 @@ def model_of(obj: Any) -> Any:
 class _Hub:
     """Clock and listeners of one model."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.clock = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self, root: nn.Module) -> None:
+        self.clock = torch.zeros((), dtype=torch.int64, device=_device(root))
+        self.reads_cache = _reads_cache(root)
         self.listeners: list[OnRows] = []
         self.hook: Any = None
 
@@ -90,7 +91,7 @@ class TransformersFamily(Family):
         return model
 
     def steps(self, obj: Any, part: str) -> int:
-        return 2 if _reads_cache(self.root(obj, part)) else 1
+        return 2 if self._hub(self.root(obj, part)).reads_cache else 1
 
     def lasting(self, obj: Any, part: str) -> bool:
         return True
@@ -120,7 +121,7 @@ class TransformersFamily(Family):
     def _hub(self, root: nn.Module) -> _Hub:
         hub = self._hubs.get(root)
         if hub is None:
-            hub = self._hubs[root] = _Hub(_device(root))
+            hub = self._hubs[root] = _Hub(root)
         return hub
 
 
@@ -223,7 +224,7 @@ def _watch(root: nn.Module, hub: _Hub) -> Callable[..., None]:
     """A pre-hook that sets the clock and passes on which tokens count; in a compiled graph it is tensor code alone."""
     names = list(inspect.signature(type(root).forward).parameters)[1:]
     first = names[0]
-    cached = _reads_cache(root)
+    cached = hub.reads_cache
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = {**dict(zip(names, args, strict=False)), **kwargs}
