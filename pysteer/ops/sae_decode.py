@@ -68,7 +68,13 @@ def _raise_for(indices: Tensor, latents: int) -> None:
 
 
 def _forward(values: Tensor, indices: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    out = _like_result(values, indices, decoder, bias, residual)
+    return decode_into(_like_result(values, indices, decoder, bias, residual), values, indices, decoder, bias, residual)
+
+
+def decode_into(
+    out: Tensor, values: Tensor, indices: Tensor, decoder: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """Write what `sae_decode` computes into `out`, contiguous, which may be `residual`."""
     name = _choose(values, decoder, bias, residual)
     if name == "reference":
         if values.device.type == "cpu":

@@ -1,7 +1,8 @@
 """`sae_rebuild`: an edit of latents that does not keep what the autoencoder leaves unexplained.
 
 Published hooks replace the activation by the decoded latents, which loses the error x - D(E(x)), or add that error with
-the wrong sign. This op gives their results, for comparison: all M latents are encoded and decoded in plain torch.
+the wrong sign. This op gives their results, for comparison. On a CPU it is put together from the kernels of `sae_edit`,
+`sae_encode` and `sae_decode`; without k all M latents are multiplied by torch, some at a time.
 """
 
 from typing import Any
@@ -11,14 +12,21 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pysteer.errors import InputError
+from pysteer.ops import backends
+from pysteer.ops.by_mean import kernel_serves, launch_by_mean
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import refuse_out
 from pysteer.ops.latents import largest
+from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import active_tokens, full_precision, laid_out_like, look_up
 from pysteer.ops.registry import Case, SteeringSpec
+from pysteer.ops.sae_decode import decode_into
 from pysteer.ops.sae_edit import SPEC as EDIT
-from pysteer.ops.sae_edit import EditArguments, check_gate, sae_edit_reference
+from pysteer.ops.sae_edit import EditArguments, check_gate, sae_edit, sae_edit_reference
+from pysteer.ops.sae_encode import encode_topk
 
+_KERNELS = ("sae_edit", "sae_encode", "sae_decode")
+_TOGETHER = 1024  # latents that are multiplied at a time
 ERRORS = {"drop": 1.0, "saeuron": 2.0}  # how often D(E(x)) - x is added to an edit that keeps the error
 
 
@@ -85,6 +93,101 @@ def sae_rebuild_reference(
     return laid_out_like(torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x), x)
 
 
+def _add_decoded(
+    y: Tensor, tokens: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor, level: Tensor | None
+) -> None:
+    """Add the decoded latents above their level to `y` [N, D], in buffers that are used again."""
+    size = min(_TOGETHER, len(encoder))
+    room = torch.empty(2, len(tokens) * size)
+    for first in range(0, len(encoder), size):
+        part = slice(first, min(first + size, len(encoder)))
+        latents, above = (each[: len(tokens) * (part.stop - first)].view(len(tokens), -1) for each in room)
+        torch.addmm(bias[part], tokens, encoder[part].float().T, out=latents)
+        if level is None:
+            latents.relu_()
+        else:
+            latents.mul_(torch.gt(latents, level[part].clamp_min(0), out=above))
+        y.addmm_(latents, decoder[part].float())
+
+
+def _are_rows_of_all(given: EditArguments, which: Tensor) -> bool:
+    """Whether edited latents are rows of the full encoder, as they should be: they need no ranking of their own."""
+    assert given.latent is not None
+    assert given.full_encoder is not None
+    assert given.full_bias is not None
+    sets = which.unique()
+    index = given.latent.index_select(0, sets).flatten()
+    if bool(((index < 0) | (index >= len(given.full_encoder))).any()):
+        return False
+    rows = given.full_encoder.index_select(0, index).float()
+    same = torch.equal(rows, given.encoder.index_select(0, sets).flatten(0, 1))
+    return same and torch.equal(given.full_bias[index], given.encoder_bias.index_select(0, sets).flatten())
+
+
+def _add_edits(y: Tensor, values: Tensor, indices: Tensor, given: EditArguments, which: Tensor, s: Tensor) -> None:
+    """Add what `sae_edit` with the gate "topk" adds, from the first k latents of every token; y: [R, L, D]."""
+    latent, scale, add = (each.index_select(0, which).unsqueeze(1) for each in (given.latent, given.scale, given.add))  # type: ignore[union-attr]
+    rows, tokens, edits = len(y), y.shape[1], latent.shape[-1]
+    found = (indices.view(rows, tokens, 1, -1) == latent.unsqueeze(-1)) & (values > 0).view(rows, tokens, 1, -1)
+    active = torch.where(found, values.view(rows, tokens, 1, -1), 0).sum(-1)
+    change = s.reshape(-1, 1, 1) * ((scale - 1) * active + add)
+    level = 0.0 if given.level is None else given.level.index_select(0, which).unsqueeze(1)
+    change = torch.where(found.any(-1) & (active > level), change, 0).view(rows, tokens, edits)
+    directions = given.decoder.index_select(0, which)
+    for edit in range(edits):
+        y.addcmul_(change[..., edit : edit + 1], directions[:, edit : edit + 1])
+
+
+def _on_cpu(x: Tensor, out: Tensor | None, error: str, given: EditArguments, full: dict[str, Any]) -> Tensor:
+    """The same from kernels, in fp32 with one rounding at the end."""
+    dim, decoder, rows = given.channel_dim, full["full_decoder"], x.shape[0]
+    encoder, bias, centre = given.full_encoder, given.full_bias, full["decoder_bias"].float()
+    assert encoder is not None
+    assert bias is not None
+    moved = x.movedim(dim, -1)
+    wide = torch.empty(rows, x.numel() // (rows * moved.shape[-1]), moved.shape[-1])
+    wide.view(moved.shape).copy_(moved)
+    which, s = look_up(given.slot, given.strength, given.clock, rows)
+    ranked = given.k > 0 and given.gate == "topk" and _are_rows_of_all(given, which)
+    y = wide.clone() if ranked else sae_edit(wide, *given._replace(channel_dim=-1)[:9], **_options(given))
+    with full_precision(x):
+        if given.k:
+            values, indices = encode_topk(wide.flatten(0, 1), encoder, bias, None, given.k, -1)
+            if ranked:
+                _add_edits(y, values, indices, given, which, s)
+            away = torch.sub(centre, wide, out=wide)
+            decode_into(away, values, indices, decoder, None, away)
+        else:
+            away = centre - wide
+            _add_decoded(away.flatten(0, 1), wide.flatten(0, 1), encoder, bias, decoder, full["full_level"])
+    y.addcmul_(away, (ERRORS[error] * s).reshape(-1, 1, 1))
+    result = torch.empty_like(x) if out is None else out
+    return _write(result, x, y.view(moved.shape).movedim(-1, dim), which, s, given.span, dim)
+
+
+def _write(
+    out: Tensor, x: Tensor, y: Tensor, which: Tensor, s: Tensor, span: Tensor | None, channel_dim: int
+) -> Tensor:
+    """Write `y` where the table is active and `x` everywhere else."""
+    if span is not None:
+        return torch.where(active_tokens(x, which, s, span, channel_dim), y.to(x.dtype), x, out=out)
+    for row, active in enumerate(((which != 0) & (s != 0)).tolist()):
+        if active or out is not x:
+            out[row].copy_(y[row] if active else x[row])
+    return out
+
+
+def _options(given: EditArguments) -> dict[str, Any]:
+    names = ("level", "full_encoder", "full_bias", "latent", "gate", "k")
+    return {name: getattr(given, name) for name in names}
+
+
+def _backend(x: Tensor, out: Tensor | None, channel_dim: int, *full: Tensor) -> str:
+    known = all(each.dtype in DTYPE_CODES and each.numel() for each in (x, *full))
+    kernels = all(backends.provides("cpu", name) for name in _KERNELS)
+    return launch_by_mean("sae_edit", x, out, channel_dim).backend if known and kernels else "reference"
+
+
 def sae_rebuild(
     x: Tensor,
     encoder: Tensor,
@@ -149,10 +252,17 @@ def sae_rebuild(
     common: dict[str, Any] = {"level": level, "latent": latent, "gate": gate, "k": k, "channel_dim": channel_dim}
     common |= {"full_encoder": full_encoder, "full_bias": full_bias}
     banks = (encoder, encoder_bias, decoder, scale, add, slot, strength, clock, span)
-    check_gate(x, width, EditArguments(*banks, level, full_encoder, full_bias, latent, gate, k, channel_dim))
+    edit = EditArguments(*banks, level, full_encoder, full_bias, latent, gate, k, channel_dim)
+    check_gate(x, width, edit)
     if out is not None and x.requires_grad and torch.is_grad_enabled():
         refuse_out(x)
-    common |= {"full_decoder": full_decoder, "decoder_bias": decoder_bias, "full_level": full_level}
+    full = {"full_decoder": full_decoder, "decoder_bias": decoder_bias, "full_level": full_level}
+    common |= full
+    floats = [each for each in (*edit[:-3], *full.values()) if each is not None and each.is_floating_point()]
+    layers = [each for each in (full_encoder, full_decoder) if each is not None]
+    served = kernel_serves("sae_edit", x, out, channel_dim, floats)
+    if served and _backend(x, out, channel_dim, *layers) == "cpu":
+        return _on_cpu(x, out, error, edit, full)
     y = sae_rebuild_reference(x, *banks, error=error, **common)
     return y if out is None else out.copy_(y)
 
@@ -187,13 +297,17 @@ def _unsure(x: Tensor, **inputs: Any) -> Tensor:
     return close | near.unsqueeze(inputs["channel_dim"])
 
 
+def _implementation(x: Tensor, out: Tensor | None = None, channel_dim: int = -1, **inputs: Any) -> str:
+    return _backend(x, out, channel_dim, inputs["full_encoder"], inputs["full_decoder"])
+
+
 SPEC = SteeringSpec(
     name="sae_rebuild",
     function=sae_rebuild,
     reference=sae_rebuild_reference,
     make_inputs=_make_inputs,
-    implementation=lambda **_: "reference",
-    backends={},
+    implementation=_implementation,
+    backends={"cpu": "as sae_edit, sae_encode and sae_decode; eager code without gradients"},
     variants={
         "drop": {"error": "drop"},
         "saeuron": {"error": "saeuron", "gate": "topk"},
