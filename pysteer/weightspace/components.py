@@ -23,6 +23,8 @@ from pysteer.errors import InputError
 GRAM_LIMIT = 16384  # rows up to which an n x n matrix of fp64 (2 GiB) and its eigenvectors are fine
 COVARIANCE_LIMIT = 4096
 _COLUMNS = 8192
+_TILE = 256  # rows of a tile of the Gram matrix; only tiles on and below the diagonal are computed
+_SUMMED = 64  # rows that are summed in fp32 before fp64 takes over
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,15 @@ class _Rows:
     chosen: Any
     every: bool
 
-    def columns(self, start: int, stop: int) -> Tensor:
-        block = self.x[:, start:stop] if self.every else self.x[self.chosen, start:stop]
-        return torch.from_numpy(np.array(block, np.float32))
+    def columns(self, start: int, stop: int, into: Tensor) -> Tensor:
+        """Columns, copied into the front of `into` [n * columns]; fresh memory for each block takes longer."""
+        block = into[: len(self.chosen) * (stop - start)].view(len(self.chosen), stop - start)
+        source = self.x[:, start:stop]
+        if self.every:
+            np.copyto(block.numpy(), source)
+        else:
+            np.copyto(block.numpy(), source[self.chosen])
+        return block
 
     def rows(self, start: int, stop: int) -> Tensor:
         block = self.x[start:stop] if self.every else self.x[self.chosen[start:stop]]
@@ -116,13 +124,19 @@ class _Rows:
         return len(self.chosen), self.x.shape[1]
 
 
+def _column_means(block: Tensor) -> Tensor:
+    """Means fp32 of columns; fp32 over a few rows, fp64 over those sums."""
+    sums = torch.stack([part.sum(0) for part in block.split(_SUMMED)])
+    return (sums.sum(0, dtype=torch.float64) / len(block)).float()
+
+
 def _normal(block: Tensor, standardise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A block of columns, centred in place and scaled; mean and scale."""
-    mean = block.mean(0, dtype=torch.float64).float()
+    mean = _column_means(block)
     block -= mean
     scale = torch.ones_like(mean)
     if standardise:
-        scale = (block.square().mean(0, dtype=torch.float64).sqrt()).float()
+        scale = _column_means(block.square()).sqrt()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         block /= scale
     return block, mean, scale
@@ -132,21 +146,25 @@ def _gram(x: _Rows, k: int, standardise: bool, iterations: int, seed: int) -> _F
     n, d = x.shape
     gram = torch.zeros(n, n, dtype=torch.float64)
     mean, scale = torch.empty(d), torch.empty(d)
+    held = torch.empty(n * min(d, _COLUMNS))
     for start in range(0, d, _COLUMNS):
         part = slice(start, min(start + _COLUMNS, d))
-        block, mean[part], scale[part] = _normal(x.columns(part.start, part.stop), standardise)
-        gram += block @ block.T
-    values, vectors = torch.linalg.eigh(gram)
+        block, mean[part], scale[part] = _normal(x.columns(part.start, part.stop, held), standardise)
+        for top in range(0, n, _TILE):
+            bottom = min(top + _TILE, n)
+            gram[top:bottom, :bottom] += block[top:bottom] @ block[:bottom].T
+    values, vectors = torch.linalg.eigh(gram, UPLO="L")
     singular = values.clamp_min(0).sqrt().flip(0)[:k]
     u = vectors.flip(1)[:, :k]
-    weights = (u / singular.clamp_min(1e-30)).float()
+    weights = (u / singular.clamp_min(1e-30)).float().T.contiguous()
     components = torch.empty(k, d)
     for start in range(0, d, _COLUMNS):
         part = slice(start, min(start + _COLUMNS, d))
-        block = x.columns(part.start, part.stop)
+        block = x.columns(part.start, part.stop, held)
         block -= mean[part]
-        block /= scale[part]
-        components[:, part] = weights.T @ block
+        if standardise:
+            block /= scale[part]
+        components[:, part] = weights @ block
     return mean, scale, components, singular, float(gram.trace())
 
 
