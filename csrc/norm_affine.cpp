@@ -88,7 +88,14 @@ void run_by_token(const T* x, T* y, const NormAffine& op) {
                  f.y_token, f.width, op.kind == kLayer, op.eps, maps.p.data(), maps.q.data(), op.streaming);
         };
         if (first < start) part(first, start, plain.of(op, 0, 0.0f));
-        if (start < end) part(start, end, shifted.of(op, row.set, row.strength));
+        if (end - start == 1) {
+            PYSTEER_PICK(norm_one<T>)
+            (x + r * f.x_row + start * f.x_token, y + r * f.y_row + start * f.y_token, f.width, op.kind == kLayer,
+             op.eps, op.weight, op.norm_bias, op.offset, op.gain + row.set * f.width, op.bias + row.set * f.width,
+             row.strength);
+        } else if (start < end) {
+            part(start, end, shifted.of(op, row.set, row.strength));
+        }
         if (end < last) part(end, last, plain.of(op, 0, 0.0f));
     }
 }

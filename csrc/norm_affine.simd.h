@@ -5,18 +5,64 @@
 
 #include "sums.h"
 
-// p and q of `width` channels; weight, norm_bias, and together gain and bias, may be null.
+// What p and q are made of; weight, norm_bias, and together gain and bias, may be null.
+struct Folding {
+    const float *weight, *norm_bias, *gain, *bias;
+    float offset, strength;
+};
+
+struct Map1 {
+    float p, q;
+};
+inline Map1 folded1(const Folding& f, std::int64_t d) {
+    Map1 map{f.weight ? f.weight[d] + f.offset : 1.0f, f.norm_bias ? f.norm_bias[d] : 0.0f};
+    if (f.gain) {
+        const float a = fma1(f.strength, f.gain[d] - 1.0f, 1.0f);
+        map = {map.p * a, fma1(a, map.q, f.strength * f.bias[d])};
+    }
+    return map;
+}
+
+// Of 2 kLanes channels, in the order that load2 has for elements of T; the same bits as those of one channel.
+template <class T>
+inline void folded2(T, const Folding& f, std::int64_t d, Vec& p0, Vec& p1, Vec& q0, Vec& q1) {
+    const Vec one = set1(1.0f), s = set1(f.strength);
+    p0 = p1 = one;
+    q0 = q1 = zero();
+    if (f.weight) {
+        load2_as(T{}, f.weight + d, p0, p1);
+        p0 = add(p0, set1(f.offset));
+        p1 = add(p1, set1(f.offset));
+    }
+    if (f.norm_bias) load2_as(T{}, f.norm_bias + d, q0, q1);
+    if (!f.gain) return;
+    Vec a0, a1, b0, b1;
+    load2_as(T{}, f.gain + d, a0, a1);
+    load2_as(T{}, f.bias + d, b0, b1);
+    a0 = fma(s, sub(a0, one), one);
+    a1 = fma(s, sub(a1, one), one);
+    p0 = mul(p0, a0);
+    p1 = mul(p1, a1);
+    q0 = fma(a0, q0, mul(s, b0));
+    q1 = fma(a1, q1, mul(s, b1));
+}
+
 inline void fold_maps(std::int64_t width, const float* weight, const float* norm_bias, float offset, const float* gain,
                       const float* bias, float strength, float* p, float* q) {
-    for (std::int64_t d = 0; d < width; ++d) {
-        p[d] = weight ? weight[d] + offset : 1.0f;
-        q[d] = norm_bias ? norm_bias[d] : 0.0f;
+    const Folding f{weight, norm_bias, gain, bias, offset, strength};
+    std::int64_t d = 0;
+    for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+        Vec p0, p1, q0, q1;
+        folded2(float{}, f, d, p0, p1, q0, q1);
+        store(p + d, p0);
+        store(p + d + kLanes, p1);
+        store(q + d, q0);
+        store(q + d + kLanes, q1);
     }
-    if (!gain) return;
-    for (std::int64_t d = 0; d < width; ++d) {
-        const float a = fma1(strength, gain[d] - 1.0f, 1.0f);
-        p[d] *= a;
-        q[d] = fma1(a, q[d], strength * bias[d]);
+    for (; d < width; ++d) {
+        const Map1 map = folded1(f, d);
+        p[d] = map.p;
+        q[d] = map.q;
     }
 }
 
@@ -84,6 +130,36 @@ void norm_tokens(const T* x, T* y, std::int64_t tokens, std::int64_t x_stride, s
     const auto run = centred ? (stream ? norm_tokens_as<T, true, true> : norm_tokens_as<T, true, false>)
                              : (stream ? norm_tokens_as<T, false, true> : norm_tokens_as<T, false, false>);
     run(x, y, tokens, x_stride, y_stride, width, eps, p, q);
+}
+
+// One token whose p and q are not worth keeping.
+template <class T, bool kCentred>
+inline void norm_one_as(const T* x, T* y, std::int64_t width, float eps, const Folding& f) {
+    const Scale scale = scale_of_token<T, kCentred>(x, width, eps);
+    const Vec mean = set1(scale.mean), root = set1(scale.root);
+    std::int64_t d = 0;
+    for (; d + 2 * kLanes <= width; d += 2 * kLanes) {
+        Vec p0, p1, q0, q1, v0, v1;
+        folded2(T{}, f, d, p0, p1, q0, q1);
+        load2(x + d, v0, v1);
+        if (kCentred) {
+            v0 = sub(v0, mean);
+            v1 = sub(v1, mean);
+        }
+        put2<T, false>(y + d, fma(mul(v0, root), p0, q0), fma(mul(v1, root), p1, q1));
+    }
+    for (; d < width; ++d) {
+        const Map1 map = folded1(f, d);
+        y[d] = from_float<T>(fma1((to_float(x[d]) - scale.mean) * scale.root, map.p, map.q));
+    }
+}
+
+template <class T>
+void norm_one(const T* x, T* y, std::int64_t width, bool centred, float eps, const float* weight,
+              const float* norm_bias, float offset, const float* gain, const float* bias, float strength) {
+    const Folding f{weight, norm_bias, gain, bias, offset, strength};
+    const auto run = centred ? norm_one_as<T, true> : norm_one_as<T, false>;
+    run(x, y, width, eps, f);
 }
 
 // The group of channels `first` to `first + channels`, tokens next to each other: 1 / sqrt(var + eps) and the mean.
