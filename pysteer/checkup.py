@@ -22,6 +22,7 @@ _EXTRAS = {
     "diffusion": "diffusers",
     "report": "matplotlib",
     "store": "pyarrow",
+    "sweep": "duckdb",
     "ui": "starlette",
 }
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import pysteer
-from pysteer.commands import add_commands
+from pysteer.commands import add_commands, show_examples
 from pysteer.commands.shared import AsJson, Words, quiet_stdout, show_json, show_keys
 from pysteer.errors import InputError
 
@@ -169,7 +169,10 @@ def grid(
 
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print versions, devices, and which kernels are in use and why others are not."""
+    """Print versions, devices, and which kernels are in use and why others are not.
+
+    pysteer env, pysteer env --json
+    """
     from pysteer.environment import describe
 
     found = describe()
@@ -204,10 +207,15 @@ def _show_environment(found: dict[str, Any]) -> None:
 
 
 add_commands(app)
+show_examples(app)
 
 
-# Packages that come with another extra than the demo's.
-_EXTRAS = {"starlette": "ui", "uvicorn": "ui", "diffusers": "diffusion", "gguf": "language", "accelerate": "language"}
+# Module -> the extra that brings it; all others come with demo.
+EXTRAS = {
+    "starlette": "ui", "uvicorn": "ui", "diffusers": "diffusion", "gguf": "language", "accelerate": "language",
+    "duckdb": "sweep", "optuna": "sweep", "submitit": "slurm", "ray": "ray", "sklearn": "weightspace",
+    "scipy": "weightspace", "tensorboard": "tracking", "wandb": "tracking",
+}  # fmt: skip
 
 
 def _one_line(error: Exception) -> str:
@@ -236,7 +244,7 @@ def run_command(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "pysteer":
             raise
-        extra = _EXTRAS.get(error.name.split(".")[0], "demo")
+        extra = EXTRAS.get(error.name.split(".")[0], "demo")
         fix = f"pip install 'pysteer-core[{extra}]'"
         print(f"pysteer: this command needs {error.name}, which is not installed; fix: {fix}", file=sys.stderr)
         return 2

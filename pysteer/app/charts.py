@@ -73,7 +73,7 @@ def line_chart(
     title: str,
     link: Callable[[Line, Point], str] | None = None,
     marks: Mapping[float, str] | None = None,
-    here: float | None = None,
+    here: float | tuple[float, float] | None = None,
 ) -> str:
     """SVG text of lines with bands.
 
@@ -83,7 +83,7 @@ def line_chart(
         title: what it shows, for readers who do not see it.
         link: address behind a point.
         marks: x -> word, drawn as vertical lines.
-        here: x of the current place, a stronger vertical line.
+        here: x of the current place, a stronger vertical line; x and y of it, a ring.
     """
     points = [point for line in lines for point in line.points]
     across = scale([p.x for p in points] + list(marks or {}), LEFT, WIDTH - RIGHT)
@@ -97,7 +97,9 @@ def line_chart(
         parts.append(f'<line class="mark" x1="{across(x)}" x2="{across(x)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         edge, shift = (" end", -4) if across(x) > WIDTH - 80 else ("", 4)
         parts.append(f'<text class="tick{edge}" x="{across(x) + shift}" y="{TOP + 10}">{escape(word)}</text>')
-    if here is not None:
+    if isinstance(here, tuple):
+        parts.append(f'<circle class="here" cx="{across(here[0])}" cy="{up(here[1])}" r="10"/>')
+    elif here is not None:
         parts.append(f'<line class="here" x1="{across(here)}" x2="{across(here)}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for number, line in enumerate(lines):
         parts += _line(line, number % SERIES, across, up, x_name, y_name, link)

@@ -16,6 +16,7 @@ from typing import Any
 from pysteer.errors import InputError
 
 MOST_PROMPTS, LONGEST_PROMPT, MOST_STRENGTH, MOST_PAIRS = 8, 300, 20.0, 256
+SLIDE = 4.0  # how far a slider goes; the field beside it takes up to MOST_STRENGTH
 
 
 @dataclass

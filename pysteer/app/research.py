@@ -20,9 +20,18 @@ _MOST_NUMBERS = 400_000_000  # of a collection of adapters that is mapped here
 
 
 def trainings(results: Results, run: str) -> list[str]:
-    """Folders of the trainings of a run of vae-dynamics."""
-    folder = results.path(run) / "runs"
-    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    """Trainings of a run of vae-dynamics: folders below `runs/`, or "." for a single one, in the run itself."""
+    base = results.path(run)
+    folder = base / "runs"
+    if folder.is_dir():
+        return sorted(p.name for p in folder.iterdir() if p.is_dir())
+    return ["."] if any((base / mark).exists() for mark in ("training_log.csv", "channel_history")) else []
+
+
+def training_path(run: str, training: str) -> str:
+    """Folder of a training below the results."""
+    parts = [part for part in (run, "" if training == "." else f"runs/{training}") if part not in ("", ".")]
+    return "/".join(parts) or "."
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -68,7 +77,7 @@ class Histories:
         """
         if training not in trainings(self.results, run):
             raise NotFound(f"training of {run}", value=training, allowed=", ".join(trainings(self.results, run)))
-        found = self.results.path(f"{run}/runs/{training}") / "channel_history"
+        found = self.results.path(training_path(run, training)) / "channel_history"
         if not (found / "capture.json").is_file():
             raise NotFound("channel history of the training", value=training, allowed="one that has written a window")
         return found

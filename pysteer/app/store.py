@@ -248,8 +248,8 @@ class Results:
         """Folders with fitted parameters of all runs."""
         found: list[Path] = []
         for info in self.runs():
-            fits = self.path(info.id) / "fits"
-            found += [p.parent for p in sorted(fits.glob("*/config.json"))] if fits.is_dir() else []
+            base = self.path(info.id)
+            found += [p.parent for place in ("fits/*", "fitted/*/*") for p in sorted(base.glob(f"{place}/config.json"))]
         return found
 
 

@@ -112,6 +112,16 @@ class Table:
             usable = [n for n in usable if self.kinds[n] != "number" or self._few(n)]
         return [name for name in usable if 2 <= len(self.coded(name)[1]) <= _MOST_VALUES]
 
+    def filters(self, without: Sequence[str], most: int = 12) -> list[tuple[str, list[str]]]:
+        """Columns to choose a value of, with their values: axes but for these, and for numbers that hardly repeat."""
+        found = []
+        for name in self.axes():
+            values = self.coded(name)[1]
+            measured = self.kinds[name] == "number" and len(values) > 12 and any(v != round(v) for v in values if v)
+            if name not in without and len(values) <= 200 and not measured:
+                found.append((name, [text_of(value) for value in values]))
+        return found[:most]
+
     def _few(self, name: str) -> bool:
         """Whether a column of numbers has few different values, judged by its first rows."""
         head = self.data[name].slice(0, 20_000)

@@ -17,7 +17,10 @@ Folder = Annotated[Path | None, typer.Option(help="Folder of all data sets.  [de
 
 @data.command("list")
 def list_command(folder: Folder = None, as_json: AsJson = False) -> None:
-    """What ships and what can be fetched."""
+    """What ships and what can be fetched.
+
+    pysteer data list
+    """
     from pysteer.data.concepts import concept_names
     from pysteer.data.downloads import DATASETS, here
     from pysteer.data.tasks import data_folder
@@ -38,7 +41,10 @@ def get_command(
     folder: Folder = None,
     url: Annotated[str, typer.Option(help="A mirror, for one data set; its checksum stays the same.")] = "",
 ) -> None:
-    """Fetch data sets and check them; those that are here are left as they are."""
+    """Fetch data sets and check them; those that are here are left as they are.
+
+    pysteer data get coco
+    """
     from pysteer.data.downloads import find_dataset, get
     from pysteer.data.tasks import data_folder
 
@@ -64,7 +70,10 @@ def write_command(
     model: Annotated[str, typer.Option(help="A chat model: smollm2, a folder, or a name of the hub.")] = "smollm2",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Have a chat model write sentences about topics, and neutral ones."""
+    """Have a chat model write sentences about topics, and neutral ones.
+
+    pysteer data write "a giraffe" "giraffes in Africa" --words giraffe --out giraffe.json
+    """
     from pysteer import files
     from pysteer.data.sentences import NEUTRAL_TOPICS, write_sentences
     from pysteer.metrics.concepts import word_pattern

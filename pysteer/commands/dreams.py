@@ -19,7 +19,9 @@ def dream_worker(
 ) -> None:
     """Do this process's share of a stage of `pysteer run dream`, beside others that do theirs.
 
-    srun pysteer dream-worker results/dream prior; afterwards `pysteer run dream stage=prior` checks that all is there.
+    Start them with srun or torchrun; afterwards `pysteer run dream stage=prior` checks that all is there.
+
+    pysteer dream-worker results/dream prior, pysteer dream-worker results/dream prior --rank 0 --world 4
     """
     from pysteer.dream.parts import Share
     from pysteer.errors import InputError

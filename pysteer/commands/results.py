@@ -29,7 +29,10 @@ def status_command(
     out: Out = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say how far sweeps are: cells, rate, time left and workers, from their stores alone."""
+    """Say how far sweeps are: cells, rate, time left and workers, from their stores alone.
+
+    pysteer status, pysteer status shapes --json
+    """
     import dataclasses
 
     from pysteer.sweep.query import sweeps_in
@@ -54,7 +57,10 @@ def results_command(
     report: Annotated[bool, typer.Option("--report", help="Write report.html into the folder of the sweep.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the settings of a sweep, best first, with the Pareto front of target and damage."""
+    """Print the settings of a sweep, best first, with the Pareto front of target and damage.
+
+    pysteer results, pysteer results shapes --report --top 5
+    """
     import dataclasses
 
     from pysteer.sweep.query import results
@@ -96,7 +102,10 @@ def query_command(
     out: Out = Path("results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Ask the results of sweeps in SQL: the view cells, and one view per sweep by its name."""
+    """Ask the results of sweeps in SQL: the view cells, and one view per sweep by its name.
+
+    pysteer query "select strength, avg(target::int) from cells group by 1 order by 1"
+    """
     from pysteer.sweep.query import query, sweeps_in
 
     first = _folder(name, out)

@@ -49,7 +49,10 @@ def read_command(
     cache: Cache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Read a collection into its row file, and say what is in it and what was left out, and why."""
+    """Read a collection into its row file, and say what is in it and what was left out, and why.
+
+    pysteer lora read collection
+    """
     import json
     from collections import Counter
 
@@ -81,7 +84,10 @@ def edit_command(
     form: Format = "diffusers",
     cache: Cache = None,
 ) -> None:
-    """Move an adapter along a direction of its collection and write it as an ordinary LoRA file."""
+    """Move an adapter along a direction of its collection and write it as an ordinary LoRA file.
+
+    pysteer lora edit collection 000066-colour-blue new.safetensors --to colour=red -t 1.5
+    """
     from pysteer.weightspace.directions import Directions
 
     adapters = _open(folder, cache)
@@ -108,7 +114,10 @@ def interpolate_command(
     form: Format = "diffusers",
     cache: Cache = None,
 ) -> None:
-    """Write the change between two adapters as a LoRA file."""
+    """Write the change between two adapters as a LoRA file.
+
+    pysteer lora interpolate collection 000066-colour-blue 000084-colour-red between.safetensors -t 0.5
+    """
     from pysteer.weightspace.directions import Directions
 
     adapters = _open(folder, cache)
@@ -129,7 +138,10 @@ def sample_command(
     form: Format = "diffusers",
     cache: Cache = None,
 ) -> None:
-    """Draw new adapters of a class: its mean, with noise along its own principal components."""
+    """Draw new adapters of a class: its mean, with noise along its own principal components.
+
+    pysteer lora sample collection colour=red drawn --count 4
+    """
     from pysteer.weightspace.directions import Directions
 
     directions = Directions(_open(folder, cache))
@@ -153,7 +165,10 @@ def invert_command(
     form: Format = "diffusers",
     cache: Cache = None,
 ) -> None:
-    """Find the adapter, within the span of a collection, that explains given images best."""
+    """Find the adapter, within the span of a collection, that explains given images best.
+
+    pysteer lora invert collection images found.safetensors --steps 60
+    """
     from pysteer.models.load import load_model
     from pysteer.weightspace.directions import Directions
     from pysteer.weightspace.inversion import invert, read_images
@@ -178,7 +193,10 @@ def nearest_command(
     cache: Cache = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The adapters whose changes are most similar to those of one: cosine and name."""
+    """The adapters whose changes are most similar to those of one: cosine and name.
+
+    pysteer lora nearest collection 000066-colour-blue --count 3
+    """
     from pysteer.weightspace.canonical import nearest
 
     adapters = _open(folder, cache)
@@ -201,7 +219,10 @@ def pack_command(
     out: Annotated[Path, typer.Argument(help="New folder that receives rows.safetensors and index.json.")],
     cache: Cache = None,
 ) -> None:
-    """Write a collection as one file of rows and an index, to be published and opened as it is."""
+    """Write a collection as one file of rows and an index, to be published and opened as it is.
+
+    pysteer lora pack collection packed
+    """
     adapters = _open(folder, cache)
     adapters.save(out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
@@ -216,7 +237,10 @@ def dataset_command(
     private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
     cache: Cache = None,
 ) -> None:
-    """Write a collection as a data set (a row per adapter, a column per tensor), and upload it if asked."""
+    """Write a collection as a data set (a row per adapter, a column per tensor), and upload it if asked.
+
+    pysteer lora dataset collection as-parquet
+    """
     from pysteer.weightspace.dataset import export_dataset
 
     adapters = _open(folder, cache)
@@ -243,7 +267,10 @@ def generate_command(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first image, counting up.")] = 0,
 ) -> None:
-    """Generate images with an adapter."""
+    """Generate images with an adapter.
+
+    pysteer lora generate new.safetensors images --prompt "a red circle" --count 4
+    """
     import torch
 
     from pysteer import files
@@ -270,7 +297,10 @@ def leaves_command(
     out: Annotated[Path, typer.Argument(help="JSON file that receives leaf, root and name.")],
     root: Annotated[list[str] | None, typer.Option(help="NAME=ID of a root class.  [default: the ten]")] = None,
 ) -> None:
-    """Group the leaf classes of ImageNet under ten root classes: airplane, bird, cat, car, dog and so on."""
+    """Group the leaf classes of ImageNet under ten root classes: airplane, bird, cat, car, dog and so on.
+
+    pysteer lora leaves wordnet.is_a.txt LOC_synset_mapping.txt leaves.json
+    """
     from collections import Counter
 
     from pysteer.weightspace.sources import group_leaves, read_links, read_names, write_leaves
@@ -297,7 +327,10 @@ def distribute_command(
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     reuse: Annotated[bool, typer.Option("--reuse", help="Use images again when they run out.")] = False,
 ) -> None:
-    """Distribute images into folders that an adapter each is trained on (`pysteer run lora-farm folders=OUT`)."""
+    """Distribute images into folders that an adapter each is trained on (`pysteer run lora-farm folders=OUT`).
+
+    pysteer lora distribute images folders --folders 20
+    """
     from pysteer.weightspace.sources import distribute, folder_leaves, read_leaves
 
     if not images.is_dir():

@@ -49,3 +49,15 @@ def address(inspector):
     with urllib.request.urlopen(found[0], timeout=60) as answer:
         assert answer.status == 200
     return found[0].rstrip("/")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium."""
+    from browsing import CHROMIUM
+    from playwright import sync_api
+
+    with sync_api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -3,69 +3,19 @@
 Screenshots of every page go to `build/screenshots`, or to the folder that PYSTEER_SCREENSHOTS names.
 """
 
-import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
+from browsing import CHROMIUM, loaded, opened, shoot
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, address):
-    """A page whose console must stay free of errors."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(60_000)
-    errors = []
-    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on(
-        "requestfailed",
-        lambda request: (
-            errors.append(f"{request.url}: {request.failure}")
-            if (
-                request.failure != "net::ERR_ABORTED"  # left for another page before it came
-            )
-            else None
-        ),
-    )
-    page.on(
-        "response", lambda answer: errors.append(f"{answer.url}: {answer.status}") if answer.status >= 400 else None
-    )
-    yield page
-    assert errors == []
-    assert page.evaluate("window.hacked") is None
-    page.close()
-
-
-def shoot(page, root, name):
-    folder = Path(os.environ.get("PYSTEER_SCREENSHOTS") or root / "build" / "screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=folder / f"{name}.png", full_page=True)
-
-
-def loaded(page, selector):
-    """Natural widths of the pictures of a selector, once all are there."""
-    page.wait_for_function(
-        "s => { const all = [...document.querySelectorAll(s)]; return all.length && all.every(i => i.complete) }",
-        arg=selector,
-    )
-    return page.eval_on_selector_all(selector, "images => images.map(image => image.naturalWidth)")
+    with opened(browser) as page:
+        yield page
 
 
 def test_runs_are_searched_filtered_and_compared(page, address, root):
@@ -137,7 +87,7 @@ def test_features_are_sorted_searched_and_dreams_move(page, address, root):
     page.get_by_role("link", name="750").first.click()
     page.wait_for_url("**t=750**")
     page.locator("a[rel=prev], a[rel=next]").first.click()
-    page.wait_for_function("!document.querySelector('#feature').textContent.includes('Feature 1')")
+    sync_api.expect(page.locator("#feature")).not_to_contain_text("Feature 1")
     page.get_by_label("sae").check()
     page.wait_for_url("**kind=sae**")
 
@@ -157,7 +107,6 @@ def test_dynamics_and_weight_space(page, address, root):
 
 def test_a_live_slider_changes_the_picture(page, address, root):
     page.goto(f"{address}/live")
-    page.get_by_text("Fit a pair of classes").click()
     page.get_by_label("Site").fill("ca")
     page.get_by_label("Prompt pairs").fill("4")
     page.get_by_role("button", name="Fit").click()
@@ -179,10 +128,15 @@ def test_a_live_slider_changes_the_picture(page, address, root):
     page.get_by_role("button", name="Show as code").click()
     page.wait_for_selector("#program:visible")
     assert "strength=12.0" in page.locator("#program").inner_text()
+    page.locator("#sliders input[type=range]").fill("-3")  # the slider and the field beside it go together
+    assert page.locator("[data-strength]").input_value() == "-3"
+    page.locator("[data-strength]").fill("12")
+    page.locator("[data-strength]").dispatch_event("change")
+    page.wait_for_url("**=12**")
     page.reload()  # the sliders stand where the address says
     assert page.locator("[data-strength]").input_value() == "12"
     page.get_by_role("button", name="Remove").click()
-    page.wait_for_function("!document.querySelector('[data-strength]')")
+    page.locator("[data-strength]").wait_for(state="detached")
 
 
 def test_pages_work_by_keyboard_and_without_colour(page, address):

@@ -118,19 +118,50 @@ def test_commands_and_options_of_the_pages_exist(interface):
     assert seen > 5
 
 
-def test_examples_in_the_help_are_commands_with_options_that_exist(interface):
-    seen = 0
-    for name, command in interface.commands.items():
-        for line in (command.help or "").splitlines():
-            for example in line.strip().split(", pysteer "):
-                words = shlex.split(example.removeprefix("pysteer ")) if line.strip().startswith("pysteer ") else []
-                if not words:
-                    continue
-                assert words[0] == name, example
-                known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
-                assert [word for word in words if word.startswith("--") and word not in known] == [], example
-                seen += 1
-    assert seen >= 8
+def leaves(group, path=()):
+    """Path and command of everything that can be called."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from leaves(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_every_help_has_examples_whose_options_exist(interface):
+    for path, command in leaves(interface):
+        if path[0] == "bench":  # their own help has them
+            continue
+        lines = [line for line in (command.help or "").splitlines() if line.startswith("  pysteer ")]
+        assert lines, f"pysteer {' '.join(path)} --help has no example"
+        known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+        required = sum(each.required for each in command.params if each.param_type_name == "argument")
+        for line in lines:
+            words = shlex.split(line)[1:]
+            assert tuple(words[: len(path)]) == path, line
+            own = words[len(path) :]
+            assert [word for word in own if word.startswith("-") and word not in known] == [], line
+            assert sum(not word.startswith("-") for word in own) >= required, line
+
+
+def test_examples_of_the_help_stand_on_lines_of_their_own():
+    from typer.testing import CliRunner
+
+    from pysteer import cli
+
+    shown = CliRunner().invoke(cli.app, ["run", "--help"], env={"COLUMNS": "100"}).output.splitlines()
+    assert "pysteer run methods generator=diffusion-shapes" in [line.strip() for line in shown]
+
+
+def test_a_missing_module_is_answered_with_the_extra_that_brings_it():
+    import tomllib
+
+    from pysteer import cli
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {"sklearn": "scikit-learn"}
+    for module, extra in cli.EXTRAS.items():
+        named = [re.split(r"[<>=\[;]", line)[0] for line in extras[extra]]
+        assert packages.get(module, module) in named, f"{module} is not in the extra {extra}"
 
 
 def test_keys_of_recipes_on_the_pages_exist():

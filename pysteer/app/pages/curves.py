@@ -54,12 +54,11 @@ def curves_page(app: Inspector, query: Query) -> dict[str, Any]:
     shown = charts.line_chart(
         [*trade, front], x_name=damage, y_name=y, title=f"{y} against {damage}", link=lambda line, p: ""
     )
-    others = [n for n in table.axes() if n not in (x, key) and len(table.coded(n)[1]) <= 200]
     return {
         "title": "Curves", "runs": runs, "info": info, "known": tables, "name": name, "numbers": numbers,
         "measures": measures, "groups": groups, "x": x, "y": y, "damage": damage, "by": by, "dose": dose,
         "trade": shown, "query": query, "good": good, "text": text_of, "problems": table.problems,
-        "others": [(n, [text_of(v) for v in table.coded(n)[1]]) for n in others[:12]],
+        "others": table.filters([x, key]),
         "counts": (len(rows), len(table)),
     }  # fmt: skip
 

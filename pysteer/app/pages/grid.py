@@ -47,14 +47,13 @@ def grid_page(app: Inspector, query: Query) -> dict[str, Any]:
     matrix = _matrix(table, cells, shown_x, shown_y)
     names = {"x": table.coded(x)[1], "y": table.coded(y)[1]}
     base = _baseline(table, query, x, across, rows)
-    others = [n for n in axes if n not in (x, y) and len(table.coded(n)[1]) <= 200]
     return {
         "title": "Grid", "runs": runs, "info": info, "known": tables, "name": name, "axes": axes, "x": x, "y": y,
         "matrix": matrix, "shown_x": [(c, _label(names["x"], c)) for c in shown_x],
         "labels_y": [_label(names["y"], c) for c in shown_y], "query": query, "base": base,
         "base_cells": [cells.get((down_code, base)) and _cell(table, cells[down_code, base]) for down_code in shown_y]
         if base is not None else [], "base_label": "" if base is None else _label(names["x"], base),
-        "others": [(n, [text_of(v) for v in table.coded(n)[1]]) for n in others[:12]],
+        "others": table.filters([x, y]),
         "counts": (len(across), len(down), len(rows), len(table)), "first": (first_x, first_y),
         "steps": (GRID_COLUMNS, GRID_ROWS), "size": query.whole("size", 96, 32, 512), "problems": table.problems,
         "bases": [(c, _label(names["x"], c)) for c in across[:200]],

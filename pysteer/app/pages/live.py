@@ -26,7 +26,7 @@ def live_page(app: Inspector, query: Query) -> dict[str, Any]:
         "title": "Live", "query": query, "model": app.live.model, "parts": app.live.parts, "strengths": strengths,
         "prompts": prompts, "seed": query.whole("seed", 0, 0, 2**31 - 1), "fits": fits[:200],
         "methods": [m for m in ("mean_difference", "prototype", "linear_act") if m in REGISTRY],
-        "most": live_module.MOST_STRENGTH,
+        "most": live_module.MOST_STRENGTH, "slide": live_module.SLIDE,
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def dynamics_page(app: Inspector, query: Query) -> dict[str, Any]:
     """Trainings: losses, dead channels, interventions, and the history of every channel."""
-    from pysteer.app.research import curve, read_csv, trainings
+    from pysteer.app.research import curve, read_csv, training_path, trainings
     from pysteer.dynamics.window import STATS
 
     runs = [run for run in app.results.runs() if run.kind == "recipe" and trainings(app.results, run.id)]
@@ -30,7 +30,8 @@ def dynamics_page(app: Inspector, query: Query) -> dict[str, Any]:
     training = query.choice("training", known)
     if not training:
         raise NotFound("trainings of run", value=run, allowed="a run of vae-dynamics")
-    folder = app.results.path(f"{run}/runs/{training}")
+    place = training_path(run, training)
+    folder, prefix = app.results.path(place), "" if place == "." else f"{place}/"
     nudges, dead = read_csv(folder / "nudges.csv"), read_csv(folder / "dead_channels.csv")
     log = read_csv(folder / "training_log.csv")
     facts: dict[str, Any] = {
@@ -39,8 +40,8 @@ def dynamics_page(app: Inspector, query: Query) -> dict[str, Any]:
         "inactive": _csv_chart(curve(read_csv(folder / "intervention_history.csv"), "step", "inactive"), "step",
                                "inactive channels"), "nudges": nudges[:200], "dead": dead[:200],
         "totals": (len(nudges), len(dead)), "series": "", "sites": [], "site": "", "stat": "",
-        "pictures": [f"{run}/runs/{training}/{p.relative_to(folder).as_posix()}" for p in sorted(folder.rglob("*.png"))
-                     if not p.name.startswith(".")][:60],
+        "pictures": [f"{prefix}{p.relative_to(folder).as_posix()}" for p in sorted(folder.rglob("*.png"))
+                     if not p.name.startswith(".") and p.parent != folder / "figures"][:60],
     }  # fmt: skip
     if not (folder / "channel_history" / "capture.json").is_file():
         return {**facts, "problems": ["this training has no channel history yet"]}
@@ -93,7 +94,7 @@ def weights_page(app: Inspector, query: Query) -> dict[str, Any]:
                      joined=False, labels=[names[i] for i in rows]) for label, rows in lines.items()],
         x_name=f"component 1 ({found['share'][0]:.0%} of the variance)",
         y_name=f"component 2 ({found['share'][1]:.0%})", title="adapters by their first two principal components",
-        link=address, here=float(places[number, 0]),
+        link=address, here=(float(places[number, 0]), float(places[number, 1])),
     )  # fmt: skip
     order = [int(i) for i in np.argsort(-found["cosines"][number]) if i != number][:12]
     near = [(i, names[i], labels[i], float(found["cosines"][number, i])) for i in order]

@@ -66,16 +66,29 @@ def compare_page(app: Inspector, query: Query) -> dict[str, Any]:
 def run_page(app: Inspector, query: Query) -> dict[str, Any]:
     """One run: its figures, tables, pictures, report and configuration."""
     info = app.results.run(query.text("run"))
+    from pysteer.app.research import trainings
+
     folder = app.results.path(info.id)
     files = [n for n in ("report.html", "summary.json", "config.yaml", "log.txt") if (folder / n).is_file()]
     problems = [] if not info.problem else [info.problem]
     facts: dict[str, Any] = {
         "title": info.id if info.id != "." else app.results.folder.name, "info": info, "files": files,
-        "config": flat_config(info.config), "best": flat_config(info.best), "figures": app.results.figures(info.id),
-        "vectors": {n for n in app.results.figures(info.id) if (folder / n).with_suffix(".svg").is_file()},
+        "config": flat_config(info.config), "best": flat_config(_rounded(info.best)),
+        "figures": app.results.figures(info.id),
+        "forms": {n: [form for form in ("svg", "csv") if (folder / n).with_suffix(f".{form}").is_file()]
+                  for n in app.results.figures(info.id)},
         "csv": sorted(path.name for path in (folder / "tables").glob("*.csv")),
         "tables": app.results.tables(info.id), "query": query, "problems": problems,
-        "has_features": bool(representations(app, info)), "has_dynamics": (folder / "runs").is_dir(),
+        "has_features": bool(representations(app, info)), "has_dynamics": bool(trainings(app.results, info.id)),
         "has_adapters": app.adapters.folder(info.id) is not None,
     }  # fmt: skip
     return facts
+
+
+def _rounded(values: Any) -> Any:
+    """The same with numbers to four digits; everything else as it is."""
+    if isinstance(values, Mapping):
+        return {key: _rounded(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    return float(f"{values:.4g}") if isinstance(values, float) and math.isfinite(values) else values

@@ -106,17 +106,19 @@ if (live) {
       for (const place of ["steered", "plain"]) {
         pick(`#${place}`).replaceChildren(...found[place].map((source, i) => image(source, `${place} image ${i + 1}`)));
       }
+      pick("#painted").hidden = false;
       status.dataset.attached = found.attached;
-      say(`Painted in ${found.seconds} s; the plan was attached ${found.attached} times.`);
+      const times = found.attached === 1 ? "once" : `${found.attached} times`;
+      say(`Painted in ${found.seconds} s; the plan was attached ${found.attached ? times : "never, nothing is fitted yet"}.`);
     } catch (error) { say(error.message); }
     busy = false;
     if (again) { again = false; paint(); }
   }
-  function watch(slider) {
-    const show = () => { slider.nextElementSibling.value = slider.value; };
-    show();
-    slider.addEventListener("input", show);
+  function watch(field) { // a number, and the slider before it
+    const slider = field.previousElementSibling;
+    slider.addEventListener("input", () => { field.value = slider.value; });
     slider.addEventListener("change", paint);
+    field.addEventListener("change", () => { slider.value = field.value; paint(); });
   }
   every("[data-strength]").forEach(watch);
   live.addEventListener("submit", (event) => { event.preventDefault(); paint(); });
