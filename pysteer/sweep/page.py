@@ -116,10 +116,13 @@ def _sheet(folder: Path, rows: Sequence[SettingRow]) -> list[Block]:
     for row in rows:
         conditions = [f'"{k}" IS NOT DISTINCT FROM {_literal(v)}' for k, v in row.setting.items()]
         where = " AND ".join(["status = 'ok'", *conditions])
-        columns, cells, _ = query(f"SELECT * FROM cells WHERE {where} ORDER BY key LIMIT {_ABREAST}", [folder])
+        columns, cells, _ = query(f"SELECT * FROM cells WHERE {where} ORDER BY key", [folder])
         if "image" not in columns:
             return []
         place = columns.index("image")
+        # The same prompt and noise stand in the same column.
+        order = [columns.index(name) for name in ("prompt", "seed", "noise") if name in columns]
+        cells = sorted(cells, key=lambda cell: [str(cell[i]) for i in order])[:_ABREAST]
         paths = [Store(folder).image_path(cell[place]) for cell in cells if cell[place]]
         if paths:
             images = np.stack([np.array(Image.open(path).convert("RGB")) for path in paths])

@@ -17,8 +17,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"(?:<!-- test: ([^>]*?) -->\n)?^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _MADE = ("recipes.md", "performance.md", "api.md")
-# Blocks of the README that are run by hand: real weights, and what scripts/demo.sh and the recipes' tests cover.
-_LONG = {"README.md": "the whole generator, minutes on two cores; quickstart.md runs the same in small"}
 
 
 def blocks(kind):
@@ -54,26 +52,108 @@ def sessions():
     """Blocks that are run, one after the other where they share a session."""
     found = {}
     for page, number, mark, text in blocks("python"):
-        if short(page) in _LONG or mark.startswith("skip"):
+        if mark.startswith("skip"):
             continue
         found.setdefault((short(page), mark or f"block {number}"), []).append(text)
+    for (page, mark), texts in list(found.items()):
+        before = mark.partition(", after ")
+        if before[1]:  # goes on where a block of another page ended
+            found[page, mark] = [*found[before[2], before[0]], *texts]
     return sorted(found.items())
+
+
+def stand_in(mark, folder, monkeypatch):
+    """Small models in the place of those that a page names: seconds instead of minutes, and nothing to download.
+
+    Returns names that the block takes as given.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    if "zoo" in mark:
+        from tiny_infinity import tiny_pipeline
+
+        from pysteer import zoo
+
+        monkeypatch.setattr(zoo, "load", lambda name: tiny_pipeline())
+    if "tiny language model" in mark:
+        from tiny_text import save_tiny_model
+
+        import pysteer
+        from pysteer.models import language
+
+        place = save_tiny_model(folder / "lm")
+        monkeypatch.setattr(language, "smollm2", lambda: language.LanguageModel.from_pretrained(place))
+        return {"pysteer": pysteer}  # imported by the block before
+    if "tiny pipeline" in mark:
+        pytest.importorskip("diffusers")
+        import tiny_diffusion
+
+        tiny_diffusion.stable_diffusion().save_pretrained(folder / "path or name")
+        texts = {"source_prompts": [f"a red dot {i}" for i in range(8)], "target_prompts": ["a blue dot"] * 8}
+        return {**texts, "prompts": ["a red dot"]}
+    return {}
 
 
 @pytest.mark.parametrize("session", sessions(), ids=lambda session: "-".join(session[0]))
 def test_python_blocks_run(session, tmp_path, monkeypatch):
     name, texts = session
     monkeypatch.chdir(tmp_path)
-    if "zoo" in name[1]:  # the same program on a generator of random weights: seconds instead of minutes
-        sys.path.insert(0, str(ROOT / "tests"))
-        from tiny_infinity import tiny_pipeline
-
-        from pysteer import zoo
-
-        monkeypatch.setattr(zoo, "load", lambda name: tiny_pipeline())
-    names = {}
+    names = stand_in(name[1], tmp_path, monkeypatch)
     for text in texts:
         exec(compile(text, "-".join(name), "exec"), names)
+
+
+def files_for(mark, folder):
+    """What a user would have: a model of one's own, and the files that a block of commands names."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    if "language" in mark:
+        from tiny_text import save_tiny_model, sentences
+
+        save_tiny_model(folder / "path/to/model")
+        for name, about in (("plain", ""), ("football", "ball"), ("prompts", "")):
+            lines = sentences(2 if name == "prompts" else 12, about, seed=1)
+            (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    if "pipeline" in mark:
+        pytest.importorskip("diffusers")
+        import tiny_diffusion
+
+        pipe = tiny_diffusion.stable_diffusion()
+        pipe.save_pretrained(folder / "path/to/model")
+        maps = folder / "path/to/ml-act-folder"
+        maps.mkdir()
+        name, norm = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("transformer_blocks.0.norm1"))
+        width = norm.weight.numel()
+        limits = {"q_0_100": [torch.full((width,), -50.0), torch.full((width,), 50.0)]}
+        held = {"net.w1": torch.full((1, width), 2.0), "net.b1": torch.ones(1, width), "quantiles_dict_src": limits}
+        torch.save(held, maps / f"unet.{name}:0.statedict")
+        (folder / "prompts.txt").write_text("a red dot\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in blocks("bash") if b[2].startswith("commands")], ids=name_of)
+def test_blocks_of_commands_run_one_after_the_other(block, tmp_path, monkeypatch, capsys):
+    from pysteer import cli
+    from pysteer.sweep.query import query
+
+    files_for(block[2], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for line in block[3].replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[1:2] == ["inspect"]:  # serves until it is stopped; tests/app opens its pages
+            continue
+        # The tiny model has three blocks; a picture takes it some steps less, a fit some pairs less.
+        small = [word.replace("block.10", "block.1") for word in words[1:]]
+        if small[:2] == ["sweep", "images"]:
+            small += ["fit_pairs=8"] if "pair=red->blue" in small else ["settings={num_inference_steps: 2}"]
+        assert cli.run_command(small) == 0, f"{line}: {capsys.readouterr().err}"
+    store = next(path.parent for path in tmp_path.glob("results/*/sweep.json"))
+    made = "text" if "language" in block[2] else "image"
+    _, rows, _ = query(f"select status, strength, {made} from cells order by key", [store])
+    assert {status for status, _, _ in rows} == {"ok"}
+    plain, steered = ({found for _, s, found in rows if (s > 0) == on} for on in (False, True))
+    assert plain
+    assert steered - plain
 
 
 def commands():

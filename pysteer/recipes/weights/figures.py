@@ -52,7 +52,7 @@ def draw_map(points: np.ndarray[Any, Any], labels: Sequence[str], title: str, th
     shades = colormaps["tab10" if theme == "light" else "Set3"]
     for number, label in enumerate(sorted(set(labels))):
         own = points[[each == label for each in labels]]
-        axis.scatter(own[:, 0], own[:, 1], s=14, color=shades(number % 10), marker=_MARKERS[number % len(_MARKERS)],
+        axis.scatter(own[:, 0], own[:, 1], s=24, color=shades(number % 10), marker=_MARKERS[number % len(_MARKERS)],
                      label=label, alpha=0.85, linewidths=0)  # fmt: skip
     axis.grid(visible=False)
     axis.set_xticks([])
