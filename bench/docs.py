@@ -1,4 +1,4 @@
-"""Tables of README and docs, written from the stored results between two marks.
+"""Tables of README and docs, written from the stored results between two marks, and the plot of the ops.
 
     python -m bench.docs            writes them
     python -m bench.docs --check    says where a document disagrees with what is stored; exit code 1
@@ -20,6 +20,7 @@ from bench.record import stored
 from pysteer.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "docs/ops.svg"
 _MARK = re.compile(r"(<!-- bench: ([a-z-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 
@@ -134,6 +135,20 @@ def written(text: str) -> str:
     return headline.readme_text(text, runs[-1]) if headline.START in text and runs else text
 
 
+def picture_is_stale() -> bool:
+    """Whether the plot of the ops was drawn from other results than those that are stored."""
+    from bench.table import digest
+
+    results = stored("ops")
+    return bool(results) and (not PICTURE.is_file() or digest(results) not in PICTURE.read_text(encoding="utf-8"))
+
+
+def _draw() -> None:
+    from bench.table import plot
+
+    plot(stored("ops"), PICTURE)
+
+
 def main(words: list[str] | None = None) -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,6 +162,10 @@ def main(words: list[str] | None = None) -> None:
             stale.append(path.name)
             if not asked.check:
                 write_text(path, after)
+    if picture_is_stale():
+        stale.append(PICTURE.name)
+        if not asked.check:
+            _draw()
     print(f"{'out of date' if asked.check else 'written'}: {', '.join(stale)}" if stale else "all tables are as stored")
     if stale and asked.check:
         sys.exit(1)

@@ -1,12 +1,14 @@
 """Tables and plots of stored measurements of the ops.
 
 python -m bench.table             the newest stored figures of every op and shape as a Markdown table
-python -m bench.table --plot bench/results/ops.svg
+python -m bench.table --plot ops.svg        and a plot of them; `pysteer bench table` draws that of the documentation
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def naive(row: dict[str, Any]) -> tuple[str, float] | None:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table; no speed-up is given where the result was wrong."""
-    if "times_floor" not in row:
+    if not timed(row):
         return [row["op"], row["shape"], "wrong result, not timed", "", "", "", "", ""]
     mine = own(row)
     seconds = row["seconds"][row["floor"]]["p50"]
@@ -79,32 +81,53 @@ def table(*results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def digest(results: list[dict[str, Any]]) -> str:
+    """What a plot of these results is known by: it changes with every figure in it."""
+    drawn = [[row["op"], row["shape"], row["device"], *points(row).values()] for row in newest(results) if timed(row)]
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
+
+
+def timed(row: dict[str, Any]) -> bool:
+    """Whether a row has times: its result was right."""
+    return "times_floor" in row
+
+
+def points(row: dict[str, Any]) -> dict[str, float | None]:
+    """Times of a row as multiples of the floor: the op, torch.compile, eager torch and the field's way, if measured."""
+    others = {"torch.compile": best(row, COMPILED), "eager torch": best(row, EAGER), "usual way": naive(row)}
+    return {"op": own(row), **{kind: found[1] if found else None for kind, found in others.items()}}
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the op against torch.compile, eager torch and the field's way, in multiples of the floor."""
+    """A line per op and shape: the op, torch.compile, eager torch and the field's way as multiples of the floor.
+
+    The same results give the same file; an SVG holds their `digest`.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
 
-    rows = [row for row in newest(results) if "times_floor" in row][::-1]
-    figure = Figure(figsize=(10, 1 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    kinds = {
-        "op": lambda row: own(row),
-        "torch.compile": lambda row: (best(row, COMPILED) or ("", None))[1],
-        "eager": lambda row: (best(row, EAGER) or ("", None))[1],
-        "usual way": lambda row: (naive(row) or ("", None))[1],
-    }
-    colours = ("#1b5e9b", "#e08e2b", "#9a9a9a", "#b5483d")
-    for place, (kind, value) in enumerate(kinds.items()):
-        found = [(i + 0.3 - 0.2 * place, value(row)) for i, row in enumerate(rows)]
-        found = [(y, x) for y, x in found if x is not None]
-        axes.barh([y for y, _ in found], [x for _, x in found], 0.18, label=kind, color=colours[place])
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{row['op']}  {row['shape']}" for row in rows], fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlabel("time as a multiple of the floor (left is better)")
-    axes.margins(y=0.01)
-    axes.legend(loc="lower right", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    rows = [row for row in newest(results) if timed(row)][::-1]
+    looks = (("op", "#1b5e9b", "o"), ("torch.compile", "#e08e2b", "D"), ("eager torch", "#9a9a9a", "|"))
+    with matplotlib.rc_context({"svg.hashsalt": "pysteer", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(10, 1.2 + 0.17 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        values = [points(row) for row in rows]
+        for place, each in enumerate(values):
+            known = [value for kind, value in each.items() if value is not None and kind != "usual way"]
+            axes.plot([min(known), max(known)], [place, place], color="#dddddd", linewidth=1, zorder=1)
+        for kind, colour, marker in (*looks, ("usual way", "#b5483d", "x")):
+            found = [(each[kind], place) for place, each in enumerate(values) if each[kind] is not None]
+            if found:
+                axes.scatter(*zip(*found, strict=True), s=22, label=kind, color=colour, marker=marker)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [f"{row['op']}  {row['shape']}" for row in rows], fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlabel("time as a multiple of the floor, which the table names (left is better)")
+        axes.margins(y=0.01)
+        axes.legend(loc="lower right", fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"Date": None, "Description": f"pysteer {digest(results)}"} if path.suffix == ".svg" else {}
+        figure.savefig(path, metadata=about)
 
 
 def main() -> None:
