@@ -120,6 +120,9 @@ def _kernels() -> Iterator[Check]:
     extension = extension_info()
     if extension["available"]:
         yield Check("compiled kernels", "good", str(extension.get("compiler", "there")))
+    elif hidden := _hidden():
+        text = f"the sources in {Path(__file__).parent.parent} hide the installed package in {hidden}, which has them"
+        yield Check("compiled kernels", "note", text, "pip install -e . in the clone, or start from another folder")
     else:
         compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         fix = "pip install --force-reinstall --no-deps pysteer-core, and read why the build was left out"
@@ -129,6 +132,16 @@ def _kernels() -> Iterator[Check]:
         )  # fmt: skip
     live = [name for name, status in backends().items() if status["live"]]
     yield Check("backends", "good", ", ".join(live) or "reference")
+
+
+def _hidden() -> Path | None:
+    """The folder of an installed package with compiled kernels, where this one is another: sources in front of it."""
+    try:
+        place = Path(str(importlib.metadata.distribution("pysteer-core").locate_file("pysteer")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    other = place.resolve() != Path(__file__).parent.resolve()
+    return place.parent if other and any(place.glob("_C.*")) else None
 
 
 def _steering() -> Iterator[Check]:

@@ -30,6 +30,25 @@ def test_a_check_that_fails_does_not_hide_the_others(monkeypatch):
     assert found["steering"].state == "good"
 
 
+def test_sources_that_hide_the_installed_package_are_named(monkeypatch, tmp_path):
+    from pysteer import environment
+
+    (tmp_path / "pysteer").mkdir()
+    (tmp_path / "pysteer" / "_C.cpython-311.so").write_bytes(b"")
+
+    class Installed:
+        def locate_file(self, name):
+            return tmp_path / name
+
+    monkeypatch.setattr(environment, "extension_info", lambda: {"available": False, "reason": "no module"})
+    monkeypatch.setattr(checkup.importlib.metadata, "distribution", lambda name: Installed())
+    check = next(checkup._kernels())
+    assert str(tmp_path) in check.text
+    assert "another folder" in check.fix
+    (tmp_path / "pysteer" / "_C.cpython-311.so").unlink()
+    assert "no module" in next(checkup._kernels()).text
+
+
 @pytest.mark.parametrize(("state", "code"), [("good", 0), ("note", 0), ("bad", 1)])
 def test_the_exit_code_says_whether_something_must_be_fixed(state, code, monkeypatch, capsys):
     monkeypatch.setattr(checkup, "check_environment", lambda: [Check("thing", state, "a text", "a fix")])
