@@ -14,6 +14,10 @@
 #ifdef PYSTEER_X86
 #include <xmmintrin.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace pysteer {
 
@@ -80,11 +84,23 @@ void copy_channels(const T* x, T* y, std::int64_t begin, std::int64_t end, const
     }
 }
 
+// Whether memory has been used before. The system clears a page when it is first touched, which leaves it in the cache.
+inline bool was_touched(const void* p) {
+#ifdef __linux__
+    static const std::uintptr_t page = std::uintptr_t(sysconf(_SC_PAGESIZE));
+    unsigned char resident = 1;
+    void* start = reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(p) / page * page);
+    return mincore(start, 1, &resident) != 0 || (resident & 1);
+#else
+    return p != nullptr;
+#endif
+}
+
 // A result that will not be found in the cache anyway is written past it, which saves reading it first. The limit is
 // the last-level cache that the cores of one cluster share on common servers; what the system reports may be the sum
 // over all clusters.
 inline bool worth_streaming(const void* x, const void* y, std::int64_t bytes) {
-    return x != y && 2 * bytes >= std::int64_t(32) << 20;
+    return x != y && 2 * bytes >= std::int64_t(32) << 20 && was_touched(static_cast<const char*>(y) + bytes / 2);
 }
 
 // Every thread that wrote past the caches ends with this, before others look at the result.
