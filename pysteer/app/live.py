@@ -60,16 +60,23 @@ class Live:
     Args:
         model: a generator of the zoo, a folder, or a name of the hub; loaded when it is first needed.
         fitted: folders of fitted parameters to begin with.
+
+    Raises:
+        InputError: one of the folders holds none.
     """
 
     def __init__(self, model: str = "infinity-shapes", fitted: Sequence[str | Path] = ()) -> None:
         self.model, self.attached = model, 0
         self.parts: list[Part] = []
-        self._given = list(fitted)
         self._pipe: Any = None
         self._handle: Any = None
         self._plain: dict[Any, list[bytes]] = {}
         self._lock = threading.Lock()
+        if fitted:  # their sliders are there from the start, and a wrong folder is an error before anything is served
+            from pysteer.capture import Fitted
+
+            for folder in fitted:
+                self._add(Path(folder).resolve().name, Fitted.from_pretrained(folder))
 
     @property
     def loaded(self) -> bool:
@@ -83,7 +90,6 @@ class Live:
             InputError: the model is none of images.
         """
         if self._pipe is None:
-            from pysteer.capture import Fitted
             from pysteer.models.load import load_model
 
             pipe = load_model(self.model)
@@ -91,9 +97,6 @@ class Live:
                 raise InputError("model of the live page", value=self.model, allowed="a generator of images")
             if hasattr(pipe, "pipe"):
                 pipe.pipe.set_progress_bar_config(disable=True)
-            for folder in self._given:
-                self._add(Path(folder).name, Fitted.from_pretrained(folder))
-            self._given = []
             self._pipe = pipe
         return self._pipe
 

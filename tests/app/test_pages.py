@@ -221,3 +221,26 @@ def test_a_sweep_that_is_the_folder_itself_is_shown(tmp_path):
     app = Inspector(Results(tmp_path), Live())
     text = app._render("grid.html", page="grid", **grid_page(app, Query()))
     assert re.search(r'src="/thumb/images/\w\w/\w+\.png', text)
+
+
+def test_parameters_that_are_given_have_sliders_from_the_start(tmp_path):
+    import torch
+
+    from pysteer.app.live import Live
+    from pysteer.app.pages.live import live_page
+    from pysteer.app.pages.query import Query
+    from pysteer.app.server import Inspector
+    from pysteer.app.store import Results
+    from pysteer.capture import Fitted
+    from pysteer.errors import InputError
+    from pysteer.methods import MeanDifference
+    from pysteer.steering import SiteParameters
+
+    shift = SiteParameters("ca.0", "affine_shift", None, {"gain": torch.ones(1, 8), "bias": torch.ones(1, 8)})
+    Fitted(MeanDifference(), [shift]).save_pretrained(tmp_path / "learned")
+    live = Live("infinity-shapes", [tmp_path / "learned"])
+    (part,) = live_page(Inspector(Results(tmp_path), live), Query({}))["parts"]
+    assert (part.name, part.groups) == ("learned", ["ca"])
+    assert not live.loaded
+    with pytest.raises(InputError, match="nothing"):
+        Live("infinity-shapes", [tmp_path / "nothing"])
