@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,26 @@ def timed(function: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
         result = function()
         best = min(best, time.process_time() - start)
     return best, result
+
+
+def own_memory(function: Callable[[], Any]) -> float:
+    """Bytes by which the memory of the process itself rises while `function` runs; mapped files are not its own."""
+    before = _held("RssAnon")
+    peak, over = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.005):
+            peak = max(peak, _held("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        over.set()
+        watcher.join()
+    return peak - before
 
 
 def write_adapters(folder: Path, count: int, seed: int = 0) -> None:
@@ -145,27 +167,35 @@ def bench_singular(rank: int = 4, adapters: int = 16) -> dict[str, Any]:
             "ratio": slow * adapters / seconds}  # fmt: skip
 
 
-def bench_many(place: Path, read_ms: float, count: int = 50_000, width: int = 1024) -> dict[str, Any]:
-    """50,000 rows streamed for real at a smaller width; d = 99,648 planned from what was measured."""
+def bench_many(
+    place: Path, read_ms: float, adapters: LoraSet, count: int = 50_000, width: int = 1024
+) -> dict[str, Any]:
+    """50,000 rows streamed for real at a smaller width; d = 99,648 planned from what was measured.
+
+    Memory of the full width is measured on the adapters there are, and on half of them: streaming holds blocks and
+    bases, whose sizes do not depend on the number of rows.
+    """
     path = place / "many.f32"
     generator = np.random.default_rng(0)
     with path.open("wb") as stream:
         for _ in range(50):
             stream.write(generator.standard_normal((count // 50, width), np.float32).data)
     rows = np.memmap(path, np.float32, "r", shape=(count, width))
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _held("VmRSS")
     seconds, _ = timed(lambda: pca(rows, 20, method="streaming", iterations=2))
-    peak = _held("VmHWM") - before
+    peak = own_memory(lambda: pca(rows, 20, method="streaming", iterations=2))
+    some = [len(adapters) // 2, len(adapters)]
+    stream = partial(pca, adapters.rows, K, method="streaming", iterations=2)
+    wide = [own_memory(partial(stream, index=range(number))) for number in some]
     passes = 4  # mean, two iterations, Rayleigh-Ritz
     rate = count * width * 4 * passes / seconds
-    d = 99_648
+    d = adapters.layout.width
     route, reason = choose(count, d)
     return {
         "adapters": count, "width": width, "s": seconds, "peak_mb": peak / 1e6, "file_mb": count * width * 4 / 1e6,
         "rate_mb_s": rate / 1e6, "plan_d": d, "plan_route": route, "plan_reason": reason,
         "plan_file_gb": count * d * 4 / 1e9, "plan_read_s": read_ms * count / 1e3,
-        "plan_pass_s": count * d * 4 / rate,
+        "plan_pass_s": count * d * 4 / rate, "wide_rows": some,
+        "wide_peak_mb": [each / 1e6 for each in wide],
     }  # fmt: skip
 
 
@@ -174,6 +204,7 @@ def table(result: dict[str, Any]) -> str:
     r, p, s, m = (result[name] for name in ("read", "pca", "singular", "many"))
     nested = f"{r['nested_ms']:.0f} ms" if "nested_ms" in r else "not measured"
     ratio = f"{r['ratio']:,.0f} x" if "ratio" in r else ""
+    wide, rows = m["wide_peak_mb"], m["wide_rows"]
     lines = [
         "| what | pysteer | the usual way | ratio | difference |",
         "|---|---|---|---|---|",
@@ -185,7 +216,9 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"{m['adapters']:,} rows of {m['width']:,} numbers ({m['file_mb']:.0f} MB) streamed in {m['s']:.1f} s with "
         f"{m['peak_mb']:.0f} MB of memory. Planned for d = {m['plan_d']:,}: a row file of {m['plan_file_gb']:.1f} GB, "
-        f"read in {m['plan_read_s']:.0f} s, route {m['plan_route']}, {m['plan_pass_s']:.0f} s per pass over it.",
+        f"read in {m['plan_read_s']:.0f} s, route {m['plan_route']}, {m['plan_pass_s']:.0f} s per pass over it, "
+        f"{max(wide):,.0f} MB of memory: what {rows[1]:,} rows of that width take ({rows[0]:,} take {wide[0]:,.0f} MB, "
+        "because memory does not grow with the rows).",
         "",
         f"{result['machine']['processor']}, {result['machine']['threads']} thread, CPU time, torch "
         f"{result['versions']['torch']}, {result['date'][:10]}.",
@@ -210,7 +243,7 @@ def main() -> None:
         print(read, flush=True)
         found = {"read": read, "pca": bench_pca(adapters), "singular": bench_singular()}
         print(found, flush=True)
-        found["many"] = bench_many(Path(folder), read["ms"])
+        found["many"] = bench_many(Path(folder), read["ms"], adapters)
     result = {**machine(), **found}
     print(table(result))
     if not asked.dry_run:

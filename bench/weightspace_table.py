@@ -71,6 +71,18 @@ def accuracy_table(run: dict[str, Any]) -> list[str]:
     return lines
 
 
+def shared_table(run: dict[str, Any]) -> list[str]:
+    """The control: adapters with noise of their own to start from, and adapters that share it."""
+    shared = {(row["family"], row["model"]): row for row in run["tables"]["fixed_init"]}
+    own = {(row["family"], row["model"]): row for row in run["tables"]["families"] if not row["shuffled"]}
+    lines = ["| features | model | initial factors of its own | shared initial factors |", "|---|---|---|---|"]
+    lines += [
+        f"| `{key[0]}` | {key[1]} | {_percent(own[key])} | {_percent(shared[key])} |" for key in shared if key in own
+    ]
+    count = f"{run['headline']['adapters']:,} adapters, trained alike but for what `down` starts from"
+    return [f"Test accuracy in per cent on {count}:", "", *lines]
+
+
 def edit_table(run: dict[str, Any]) -> list[str]:
     """A row per direction, a column per strength: how often pictures show the target class."""
     rows = run["tables"]["edits"]
@@ -83,7 +95,11 @@ def edit_table(run: dict[str, Any]) -> list[str]:
         own = {row["t"]: row for row in rows if (row["pair"], row["direction"]) == (pair, kind)}
         lines.append(f"| {pair} | {kind} | " + " | ".join(_rate(own[t]["target"]) for t in strengths) + " |")
     total = rows[0]["target"]["n"]
-    return [*lines, "", f"Per cent of {total} pictures that show the target class, Wilson 95 % intervals."]
+    about = (
+        f"Adapters of the source class out of a collection of {run['headline']['adapters']:,}, moved by t; the judge "
+    )
+    note = f"Per cent of {total} pictures that show the target class, Wilson 95 % intervals."
+    return [about + "is the bundled classifier, t = 1 the difference of the class means:", "", *lines, "", note]
 
 
 def bridge_table(run: dict[str, Any]) -> list[str]:
@@ -100,7 +116,11 @@ def bridge_table(run: dict[str, Any]) -> list[str]:
         lines.append(f"| {pair} | {what} | {plain} | " + " | ".join(own[s] for s in strengths) + " |")
     cosines = {row["pair"]: row["mean_cosine"] for row in rows}
     said = ", ".join(f"{pair} {value:+.2f}" for pair, value in cosines.items())
-    return [*lines, "", f"Mean cosine between the predicted and the fitted shift, over layers and steps: {said}."]
+    about = (
+        "The same direction on the generator itself, as a change of weights, as the mean shift dW h that it predicts, "
+    )
+    note = f"Mean cosine between the predicted and the fitted shift, over layers and steps: {said}."
+    return [about + "and a shift fitted on activations at the same layers:", "", *lines, "", note]
 
 
 def text() -> str:
@@ -108,7 +128,8 @@ def text() -> str:
     parts: list[str] = []
     runs, benches = stored(NAME), stored("weightspace")
     if runs:
-        run = runs[-1]
+        # The largest collection says most about accuracies; edits and controls may have been measured on another one.
+        run = max(reversed(runs), key=lambda each: each["headline"]["adapters"])
         head, control = run["headline"], run["headline"]["shuffled"]
         parts += [
             f"Test accuracy in per cent on {head['adapters']:,} adapters of {head['classes']} classes "
@@ -119,7 +140,9 @@ def text() -> str:
             f"chance is {100 / head['classes']:.0f} %. The whole run took {run['seconds']:.0f} s, "
             f"{run['machine']['processor']}.",
         ]  # fmt: skip
-        parts += ["", *edit_table(run), "", *bridge_table(run)] if run["tables"]["edits"] else []
+        for name, make in (("fixed_init", shared_table), ("edits", edit_table), ("bridges", bridge_table)):
+            newest = next((each for each in reversed(runs) if each["tables"].get(name)), None)
+            parts += ["", *make(newest)] if newest else []
     if benches:
         parts += ["", table(benches[-1])]
     return "\n".join(parts)

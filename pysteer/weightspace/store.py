@@ -175,18 +175,9 @@ class Reader:
         kinds: Counter[Any] = Counter()
         ranks: dict[Any, dict[str, int]] = {}
         orders: dict[Any, Counter[Any]] = {}
-        heads: dict[bytes, _Shape] = {}
-        for path in paths:
-            try:
-                header = self._header(path)
-                plain = self._parts(header)
-                shape = heads.get(header.text) or _shape(plain, path)
-                if plain is not None:
-                    heads[header.text] = shape
-            except (InputError, OSError):
-                continue  # reported when the file is read
-            kinds[shape.kind] += 1
-            orders.setdefault(shape.kind, Counter())[shape.order] += 1
+        for shape, many in self._shapes(paths):
+            kinds[shape.kind] += many
+            orders.setdefault(shape.kind, Counter())[shape.order] += many
             most = ranks.setdefault(shape.kind, {})
             for layer, rank in shape.ranks.items():
                 most[layer] = max(most.get(layer, 0), rank)
@@ -199,6 +190,26 @@ class Reader:
             (layer, role, (most[layer], sizes[layer][0]) if role == "down" else (sizes[layer][1], most[layer]))
             for layer, role in orders[kind].most_common(1)[0][0]
         ])  # fmt: skip
+
+    def _shapes(self, paths: Sequence[Path]) -> list[tuple[_Shape, int]]:
+        """What the files are, and how many are that; files with one head are looked at once."""
+        heads: Counter[bytes] = Counter()
+        found: list[tuple[_Shape, int]] = []
+        shapes: dict[bytes, _Shape] = {}
+        for path in paths:
+            try:
+                header = self._header(path)
+                if header.text not in shapes:
+                    plain = self._parts(header)
+                    shape = _shape(plain, path)
+                    if plain is None:  # the rest of such a file has a say too
+                        found.append((shape, 1))
+                        continue
+                    shapes[header.text] = shape
+                heads[header.text] += 1
+            except (InputError, OSError):
+                continue  # reported when the file is read
+        return [*((shapes[text], many) for text, many in heads.items()), *found]
 
     def _skip_all(self, paths: Sequence[Path]) -> None:
         for path in paths:
