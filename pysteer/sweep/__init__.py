@@ -6,11 +6,23 @@ for row in results("results/blue").rows:
     print(row.setting, row.target, row.damage)
 """
 
-from pysteer.sweep.driver import Launch, Outcome, run_sweep
-from pysteer.sweep.plan import Options, SweepPlan, plan_sweep
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Reading results needs no torch; what runs sweeps is imported when it is asked for.
 from pysteer.sweep.query import Results, query, results
 from pysteer.sweep.status import Status, status
-from pysteer.sweep.tasks.base import Engine, Outputs, Task, find_task
+
+if TYPE_CHECKING:
+    from pysteer.sweep.driver import Launch, Outcome, run_sweep
+    from pysteer.sweep.plan import Options, SweepPlan, plan_sweep
+    from pysteer.sweep.tasks.base import Engine, Outputs, Task, find_task
+
+_HOMES = {
+    "driver": ("Launch", "Outcome", "run_sweep"),
+    "plan": ("Options", "SweepPlan", "plan_sweep"),
+    "tasks.base": ("Engine", "Outputs", "Task", "find_task"),
+}
 
 __all__ = [
     "Engine",
@@ -29,3 +41,10 @@ __all__ = [
     "run_sweep",
     "status",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

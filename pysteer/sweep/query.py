@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pysteer.errors import InputError
-from pysteer.metrics.rates import wilson
 from pysteer.sweep.rows import COMMON, column_of
 from pysteer.sweep.store import MARK, Damaged, Store
 
@@ -147,6 +146,8 @@ def _differs(connection: Any, name: str) -> bool:
 
 
 def _score(rows: Sequence[SettingRow], roles: Mapping[str, str], kinds: Mapping[str, str]) -> None:
+    from pysteer.metrics.rates import wilson
+
     target, damage = roles.get("target", ""), roles.get("damage", "")
     for row in rows:
         row.target, row.damage = row.measures.get(target), row.measures.get(damage)

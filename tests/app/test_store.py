@@ -1,6 +1,8 @@
 """The reader of results: runs in every state, damaged tables, paths that lead out, many rows."""
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -130,3 +132,13 @@ def test_a_hundred_thousand_cells_are_read_and_filtered_quickly(tmp_path):
     table.cells("strength", "seed", rows)
     assert 0 < len(rows) < 100_000
     assert time.process_time() - start < 0.3
+
+
+def test_rows_of_a_sweep_are_read_without_torch(results):
+    """The first page with rows must not wait for it."""
+    code = (
+        "import sys\nfrom pysteer.app.store import Results\n"
+        f"print(len(Results({str(results)!r}).table('sweep', 'rows')), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["36", "False"]
