@@ -106,7 +106,7 @@ def page() -> str:
         entry = MEASURED.get(name, Measured(name.replace("_", " ").capitalize(), ""))
         newest = max(stored(name), key=lambda result: str(result.get("date", "")))
         again = f"`{entry.command}`; " if entry.command else ""
-        more = f"; more in [{entry.page}]({entry.page})" if entry.page else ""
+        more = f"; more in [{entry.page.removesuffix('.md')}]({entry.page})" if entry.page else ""
         made = entry.table() if entry.table is not None else "\n\n".join(plain_tables(newest))
         parts += [f"## {entry.title}", f"{again}`bench/results/{name}.json`{more}.", made]
         if _date(newest) not in made:
