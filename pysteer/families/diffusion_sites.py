@@ -77,6 +77,14 @@ def _last_width(module: nn.Module) -> int:
     return next((width for width in reversed(widths) if width), 0)
 
 
+def _feed_forward_width(module: Any) -> int:
+    """That of the layer which leads back; gated ones (w1, w2, w3) do not list it last."""
+    for name in ("linear_2", "w2"):
+        if _number(getattr(module, name, None), "out_features"):
+            return _number(getattr(module, name), "out_features")
+    return _last_width(module)
+
+
 def _norm_width(module: Any) -> int:
     inner = getattr(module, "norm", module)
     for name in ("normalized_shape", "dim"):
@@ -129,7 +137,7 @@ def output_of(module: Any, name: str, per_row: bool = False) -> Output | None:
         maps = getattr(module, "group_norm", None) is not None and getattr(module, "residual_connection", False)
         return Output("channels" if maps else "tokens", _attention_width(module), 0)
     if kind.endswith("FeedForward"):
-        return Output("tokens", _last_width(module))
+        return Output("tokens", _feed_forward_width(module))
     if "Norm" in kind and _norm_width(module):
         return Output("tokens", _norm_width(module), 0)
     if kind.endswith("Block") and _block_width(module):
