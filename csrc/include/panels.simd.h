@@ -268,6 +268,7 @@ inline void start_tiles() {
     TileShapes shapes;
     std::fill_n(shapes.bytes, 8, std::uint16_t(64));
     std::fill_n(shapes.rows, 8, std::uint8_t(16));
+    __asm__ volatile("" : : "r"(&shapes) : "memory");  // gcc 12 believes that only the first bytes are read
     _tile_loadconfig(&shapes);
 }
 inline void finish_tiles() { _tile_release(); }

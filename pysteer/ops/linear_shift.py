@@ -1,8 +1,8 @@
 """`linear_shift`: a linear layer followed by `affine_shift`, y = shift(x Wᵀ + c), without a pass of its own.
 
-The matrix product is that of torch (oneDNN, cuBLAS), and `affine_shift` then works in place on what is still in the
-cache: no kernel of ours beats those products, and the shift of their output is all that steering costs. A Triton kernel
-with the shift in the epilogue of the product is there for those who insist on it.
+In fp32 the matrix product is that of torch, and `affine_shift` then works in place on what is still in the cache. In
+bfloat16 on a CPU with AMX a kernel of our own has the shift in the epilogue of the product, which is rounded once; any
+other 16-bit product is taken in fp32. A Triton kernel of that kind is there for those who insist on it.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from pysteer.ops import backends
 from pysteer.ops.affine_shift import affine_shift, affine_shift_reference
 from pysteer.ops.checks import check_activation, check_banks, check_table
 from pysteer.ops.declare import declare, dispatch, plain_torch_needed
-from pysteer.ops.launch import choose, on_device, packed
+from pysteer.ops.launch import addresses, choose, on_device, packed, raise_for
 from pysteer.ops.layouts import DTYPE_CODES
 from pysteer.ops.lookup import full_precision
 from pysteer.ops.registry import Case, OpSpec, activation, tables
@@ -27,9 +27,17 @@ _SCHEMA = (
 )
 
 
-def _product(x: Tensor, weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+_STEP = 32  # inputs that a tile of AMX multiplies at once
+
+
+def _product(x: Tensor, weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """x Wᵀ + c in `dtype`, or in that of `x` and at least fp32."""
+    high = torch.promote_types(x.dtype, torch.float32) if dtype is None else dtype
     with full_precision(x):
-        return F.linear(x, weight.to(x.dtype), None if linear_bias is None else linear_bias.to(x.dtype))
+        if x.is_cuda and high is torch.float32 and x.dtype is not high and not torch.compiler.is_compiling():
+            n = torch.mm(x.flatten(0, -2), weight.T, out_dtype=high).view(*x.shape[:-1], len(weight))
+            return n if linear_bias is None else n.add_(linear_bias)
+        return F.linear(x.to(high), weight.to(high), None if linear_bias is None else linear_bias.to(high))
 
 
 def linear_shift_reference(
@@ -45,13 +53,14 @@ def linear_shift_reference(
     linear_bias: Tensor | None = None,
 ) -> Tensor:
     """Return what `linear_shift` computes, in plain torch; fp64 `x` is computed in fp64."""
-    return affine_shift_reference(_product(x, weight, linear_bias), gain, bias, slot, strength, clock, span)
+    n = _product(x, weight, linear_bias)
+    return affine_shift_reference(n, gain, bias, slot, strength, clock, span).to(x.dtype)
 
 
 def _chosen(x: Tensor, y: Tensor) -> str:
     if backends.insisted() == "triton" and x.dtype in DTYPE_CODES and x.numel() and y.numel():
         return "triton" if "triton" in backends.choices(x.device.type) else "reference"
-    return choose("affine_shift", y, y, -1).backend
+    return "cpu" if _in_tiles(x, y.new_empty(1, x.shape[-1])) else choose("affine_shift", y, y, -1).backend
 
 
 def _run(
@@ -74,8 +83,44 @@ def _run(
             with on_device(x):
                 backends.load_kernels("linear_shift").launch(y, *tensors)
             return y
+    if _in_tiles(x, weight):
+        return _by_tiles(out, x, weight, linear_bias, *table)
     n = _product(x, weight, linear_bias).contiguous()
-    return affine_shift(n, *table, out=n if out is None else out)
+    if n.dtype is x.dtype:
+        return affine_shift(n, *table, out=n if out is None else out)
+    affine_shift(n, *table, out=n)
+    return n.to(x.dtype) if out is None else out.copy_(n)
+
+
+def _in_tiles(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel for AMX serves: bfloat16, inputs a multiple of 32 and next to each other in the weight."""
+    if x.dtype is not torch.bfloat16 or weight.dtype is not x.dtype or "cpu" not in backends.choices(x.device.type):
+        return False
+    fits = x.shape[-1] % _STEP == 0 and x.numel() > 0 and len(weight) > 0 and weight.stride(1) == 1
+    return fits and backends.provides("cpu", "linear_shift") and backends.extension().linear_shift_serves()
+
+
+def _by_tiles(
+    out: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    linear_bias: Tensor | None,
+    gain: Tensor,
+    bias: Tensor,
+    slot: Tensor,
+    strength: Tensor,
+    clock: Tensor,
+    span: Tensor | None,
+) -> Tensor:
+    own = out is not None and out.is_contiguous()
+    y = out if out is not None and own else x.new_empty(*x.shape[:-1], len(weight))
+    x = x.contiguous()
+    linear_bias, *table = packed(linear_bias, gain, bias, slot, strength, clock, span)
+    sizes = (x.shape[0], x[0].numel() // x.shape[-1], x.shape[-1], len(weight), weight.stride(0), len(gain))
+    places = addresses(x, y, weight, linear_bias, *table)
+    if status := backends.extension().linear_shift(*places, *sizes, *slot.shape, torch.get_num_threads()):
+        raise_for(status, slot, clock, len(gain))
+    return y if out is None or own else out.copy_(y)
 
 
 def _forward(x: Tensor, *arguments: Any) -> Tensor:
@@ -147,9 +192,9 @@ def linear_shift(
     """Return a linear layer's output n = x Wᵀ + c, shifted as `affine_shift` does: y = n + s ((g - 1) n + b).
 
     Rows with slot 0 or strength 0 and tokens outside their span give n, the same bits whatever the table says
-    elsewhere. n is rounded to the dtype of `x`, as a linear layer does, and y once more; the Triton kernel rounds once.
-    Differentiable in everything; in `x`, `weight` and `linear_bias` with the fast kernels. In a compiled graph it is
-    plain torch, which fuses with what stands around it.
+    elsewhere. Arithmetic is fp32 with one rounding at the end: n itself is not rounded. Differentiable in everything;
+    in `x`, `weight` and `linear_bias` with the fast kernels, as products in the dtype of `x`. In a compiled graph
+    in fp32 or for a GPU it is plain torch, which fuses with what stands around it, and there n has the dtype of `x`.
 
     Args:
         x: [R, K] or [R, *tokens, K]; fp32, bf16 or fp16 (fp64 in plain torch).
@@ -169,9 +214,12 @@ def linear_shift(
     check_banks(x, gain=(gain, (count,)), bias=(bias, (count,)))
     check_table(x, slot, strength, clock, span)
     arguments = (weight, gain, bias, slot, strength, clock, span, linear_bias)
-    if torch.compiler.is_compiling() or plain_torch_needed(gain, bias, strength):
+    wide = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)  # better off with the kernel in a compiled graph too
+    compiling = torch.compiler.is_compiling() and not wide
+    if compiling or plain_torch_needed(gain, bias, strength):
         table = (gain, bias, slot, strength, clock, span)
-        y = linear_shift_reference(x, weight, *table, linear_bias=linear_bias)
+        n = _product(x, weight, linear_bias, x.dtype if compiling else None)
+        y = affine_shift_reference(n, *table).to(x.dtype)
         return y if out is None else out.copy_(y)
     layer = (x, weight) if linear_bias is None else (x, weight, linear_bias)
     return dispatch(
@@ -204,13 +252,18 @@ def _implementation(x: Tensor, weight: Tensor, **_: Any) -> str:
 
 
 _PRODUCT = "torch's product, and the kernel of affine_shift in place on the result"
+_TILES = "; bf16 with AMX and a multiple of 32 inputs: the shift in the epilogue"
 SPEC = OpSpec(
     name="linear_shift",
     function=linear_shift,
     reference=linear_shift_reference,
     make_inputs=_make_inputs,
     implementation=_implementation,
-    backends={"cpu": _PRODUCT, "cuda": _PRODUCT, "triton": "the shift in the epilogue; only for those who insist"},
+    backends={
+        "cpu": _PRODUCT + _TILES,
+        "cuda": _PRODUCT,
+        "triton": "the shift in the epilogue; only for those who insist",
+    },
     variants={"plain": {}},
     gradients=("x", "weight", "linear_bias"),
     wide=("x", "weight"),

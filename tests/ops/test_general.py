@@ -134,7 +134,10 @@ def test_gradients_agree_with_plain_torch(op: str, variant: str, sizes: dict[str
         gradients.append(torch.autograd.grad(outputs, list(leaves.values()), weights))
     for fast, plain in zip(*gradients, strict=True):
         assert (fast != 0).any()
-        torch.testing.assert_close(fast, plain, rtol=2e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-5)
+        rtol, atol = (2e-2, 1e-5) if dtype is torch.bfloat16 else (1e-4, 1e-5)
+        if op == "linear_shift" and dtype is torch.bfloat16:  # products of torch with rounded terms, which may cancel
+            atol = 2e-2 * float(plain.abs().mean())
+        torch.testing.assert_close(fast, plain, rtol=rtol, atol=atol)
 
 
 @each_op
