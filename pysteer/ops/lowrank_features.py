@@ -37,18 +37,15 @@ class LowRankFeatures(NamedTuple):
     quantiles: Tensor
 
 
-def _singular_values(up: Tensor, down: Tensor) -> Tensor:
-    """Singular values [N, r] of up @ down, fp64, descending; good to 1e-8 of the largest one."""
-    left, right = up.mT @ up, down @ down.mT
+def _singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Singular values [N, r] from B'B and A A', fp64, descending; good to 1e-8 of the largest one."""
     values, vectors = torch.linalg.eigh(left)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # left = root root'
     return torch.linalg.eigvalsh(root.mT @ right @ root).clamp_min(0).sqrt().flip(-1)
 
 
-def _summary(up: Tensor, down: Tensor, singular: Tensor) -> Tensor:
-    elements = up.shape[-2] * down.shape[-1]
-    total = (up.sum(-2) * down.sum(-1)).sum(-1)
-    square = ((up.mT @ up) * (down @ down.mT)).sum((-2, -1)).clamp_min(0)
+def _summary(total: Tensor, left: Tensor, right: Tensor, singular: Tensor, elements: int) -> Tensor:
+    square = (left * right).sum((-2, -1)).clamp_min(0)
     mean = total / elements
     deviation = (square / elements - mean.square()).clamp_min(0).sqrt()
     nuclear = singular.sum(-1)
@@ -86,9 +83,11 @@ def _interpolated(found: Tensor, places: _Places) -> Tensor:
 
 
 def _closed_form(up: Tensor, down: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    b, a = up.double() * scale.double().reshape(-1, 1, 1), down.double()
-    singular = _singular_values(b, a)
-    return _summary(b, a, singular), singular
+    b, a, s = up.double(), down.double(), scale.double()
+    left, right = (b.mT @ b) * s.square().reshape(-1, 1, 1), a @ a.mT
+    singular = _singular_values(left, right)
+    total = s * (b.sum(-2) * a.sum(-1)).sum(-1)
+    return _summary(total, left, right, singular, up.shape[-2] * down.shape[-1]), singular
 
 
 def lowrank_features_reference(
