@@ -317,7 +317,8 @@ def test_performance_page_shows_stored_figures_and_how_to_measure_them():
         part = text.partition(f"`bench/results/{path.stem}.json`")[2].partition("\n## ")[0]
         newest = max(json.loads(path.read_text(encoding="utf-8")), key=lambda result: str(result.get("date", "")))
         assert str(newest["date"])[:10] in part, path.stem
-        assert "\n|---" in part, f"{path.stem} shows no table"
+        in_words = path.stem == "sweep_size"  # few enough for sentences
+        assert "\n|---" in part or (in_words and "cells are planned" in part), f"{path.stem} shows no figures"
 
 
 def test_commands_of_the_performance_page_exist(interface):
