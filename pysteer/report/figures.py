@@ -110,12 +110,14 @@ def dose_response(
     target_name: str,
     kept_name: str,
     ceiling: Rate | None = None,
+    distance_name: str = "feature distance\nto baseline",
     theme: Theme = "light",
 ) -> bytes:
     """PNG of target rate, kept rate (both with Wilson bands) and feature distance against strength, a column a curve.
 
     `target_name` and `kept_name` name the two rates ("square", "colour kept"); `ceiling` draws the rate of the prompt
-    swap as a dashed line; distances that are all NaN get no panel. Raises `InputError` without points.
+    swap as a dashed line; distances that are all NaN get no panel, `distance_name` says what they are. Raises
+    `InputError` without points.
     """
     if not curves or any(not curve.points for curve in curves):
         raise InputError("dose-response curves", value=len(curves), allowed="at least one with points", fix="add some")
@@ -146,7 +148,7 @@ def dose_response(
     axes[0, 0].set_ylabel("share of images", fontsize=9, color=colours.soft)
     if far:
         axes[1, 0].set_ylim(0, 1.12 * max(far) or 1.0)
-        axes[1, 0].set_ylabel("feature distance\nto baseline", fontsize=9, color=colours.soft)
+        axes[1, 0].set_ylabel(distance_name, fontsize=9, color=colours.soft)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     order = [1, 0, *range(2, len(labels))]
     named = [handles[i] for i in order], [labels[i] for i in order]

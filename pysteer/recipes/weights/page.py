@@ -185,7 +185,10 @@ def _edits(run: Run, found: Found) -> Section:
             curves = [
                 DoseCurve(e.kind, [DosePoint(d.t, d.target, d.source, 1 - d.none.value) for d in e.doses]) for e in own
             ]
-            return dose_response(curves, target_name=f"shows {target}", kept_name=f"shows {e_source(own)}", theme=theme)
+            kept, known = f"shows {e_source(own)}", "any known\nclass"
+            return dose_response(
+                curves, target_name=f"shows {target}", kept_name=kept, distance_name=known, theme=theme
+            )
 
         alt = f"Rates of {target} against how far adapters are moved, {pair}"
         caption = "Wilson 95 % intervals. Lower panels: share of pictures that show any known class."
