@@ -48,7 +48,8 @@ class PriorPlan:
         peak_separation: timesteps between peaks; around a peak, half of it either way is steered.
         peaks: most peaks of a feature.
         prompt: what is drawn; usually nothing.
-        settings: arguments of the pipeline. Guidance is off where the pipeline has it and nothing else is said.
+        settings: arguments of the pipeline. Guidance is off where the pipeline has it and nothing else is said; with
+            guidance conditional rows are steered alone, so that it tells them from the others by the feature as well.
     """
 
     timesteps: str = "active_timesteps"
@@ -114,10 +115,13 @@ def draw_priors(pipe: Any, features: Features, rows: Sequence[PriorRow], plan: P
         raise InputError("rows of priors", value="none", allowed="at least one")
     parameters: dict[int, SiteParameters] = {}
     plans = []
+    alone = float(plan.settings.get("guidance_scale", 1.0)) <= 1.0
     for row in rows:
         if row.feature not in parameters:  # rows of one feature share its vector in the bank
             parameters[row.feature] = vector(features.site.name, features.direction(row.feature))
-        schedule: dict[int | None, tuple[float, float]] = {s: (value, value) for s, value in row.strengths.items()}
+        schedule: dict[int | None, tuple[float, float]] = {
+            s: (value, value if alone else 0.0) for s, value in row.strengths.items()
+        }
         plans.append(Plan([parameters[row.feature]], {features.site.name: schedule}))
     with torch.no_grad(), steer(pipe, plans):
         out = pipe([plan.prompt] * len(rows), seeds=[row.seed for row in rows], **unguided(pipe, plan.settings))

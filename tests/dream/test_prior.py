@@ -76,3 +76,20 @@ def test_what_is_added_is_the_direction_at_the_steps_asked_for(pipe):
     assert known.site.name == SITE
     with pytest.raises(InputError, match="at least one"):
         draw_priors(pipe, known, [], PriorPlan())
+
+
+def test_with_a_prompt_and_guidance_conditional_rows_alone_are_steered(pipe):
+    known, guided = features(pipe, autoencoder()), {**SETTINGS, "guidance_scale": 3.0}
+    row = PriorRow(4, 3, EVERY, dict.fromkeys(range(4), 2.5))
+    steered = draw_priors(pipe, known, [row], PriorPlan(prompt="a red circle", settings=guided))
+
+    def add(module, args, output):
+        assert len(output[0]) == 2  # unconditional, conditional
+        return (output[0] + torch.tensor([0.0, 2.5]).view(2, 1, 1, 1) * known.direction(4)[None, :, None, None],)
+
+    plain = pipe(["a red circle"], seeds=[3], **guided)
+    hook = pipe.pipe.unet.up_blocks[1].attentions[0].register_forward_hook(add)
+    expected = pipe(["a red circle"], seeds=[3], **guided)
+    hook.remove()
+    torch.testing.assert_close(steered.latents, expected.latents, rtol=1e-4, atol=1e-3)
+    assert (steered.latents - plain.latents).abs().max() > 1e-2

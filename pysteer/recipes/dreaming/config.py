@@ -105,6 +105,7 @@ class PriorSettings:
         n_results: images per feature; as many of the seeds are used.
         seeds: of the images.
         prompt: what is drawn while steered; usually nothing.
+        guidance_scale: of the pipeline, for a prompt; above 1 conditional rows are steered alone.
         steer_strength_scale: what is added for a raw channel, in units of its largest mean activation at the timestep.
         steer_strength_scale_sae: the same for a latent.
         start_channel: first feature, with end_channel instead of the choice by `features`.
@@ -117,6 +118,7 @@ class PriorSettings:
     n_results: int = 5
     seeds: tuple[int, ...] = SEEDS
     prompt: str = ""
+    guidance_scale: float = 1.0
     steer_strength_scale: float = 8.0
     steer_strength_scale_sae: float = 8.0
     start_channel: int | None = None

@@ -69,8 +69,12 @@ def prior_plan(studio: Studio, kind: str) -> PriorPlan:
         scale=c.steer_strength_scale_sae if kind == "sae" else c.steer_strength_scale,
         seeds=c.seeds[: c.n_results], prompt=c.prompt,
         peak_separation=peaks.peak_separation, peak_threshold=peaks.peak_threshold, peaks=peaks.top_peak_count,
-        settings=_without_guidance(studio.config.settings),
+        settings=_with_guidance(studio.config.settings, c.guidance_scale),
     )  # fmt: skip
+
+
+def _with_guidance(settings: dict[str, Any], scale: float) -> dict[str, Any]:
+    return {**_without_guidance(settings), **({} if scale == 1.0 else {"guidance_scale": scale})}
 
 
 def _without_guidance(settings: dict[str, Any]) -> dict[str, Any]:
