@@ -98,6 +98,13 @@ def _inspector() -> str:
     return "\n".join([*lines, "", said])
 
 
+def _dream() -> str:
+    from bench.dream import table
+
+    results = stored("dream")
+    return table(results) if results else "Not measured yet."
+
+
 def _where(result: dict[str, Any]) -> str:
     return f"{result['machine']['processor']}, torch {result['versions']['torch']}, {result['date'][:10]}"
 
@@ -110,6 +117,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "language": _language,
     "sweep": _sweep,
     "inspector": _inspector,
+    "dream": _dream,
 }
 
 

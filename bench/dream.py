@@ -1,6 +1,7 @@
 """Features of the bundled diffusion pipeline: priors in batches of features, and the step of a deep dream.
 
     python -m bench.dream
+    python -m bench.dream --judged results/dream     # keeps what a finished run of the recipe found as well
 
 Priors: one image of each of 32 features as rows of one batch, against one feature at a time; the latents must agree to
 1e-4. Steps: a frozen model that is left at the site and one row of the encoder, against the usual form (parameters that
@@ -16,6 +17,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ from pysteer.dream.denoiser import Denoiser
 from pysteer.dream.features import Features
 from pysteer.dream.prior import EVERY, PriorPlan, PriorRow, draw_priors
 from pysteer.families.base import find_family
+from pysteer.files import read_json
 from pysteer.models.sae import SparseAutoencoder
 
 SITE = "up.1.0"
@@ -164,6 +167,42 @@ def steps(pipe: Any, features: Features, rows: int, rounds: int) -> dict[str, An
     }
 
 
+def judged(folder: Path) -> dict[str, Any]:
+    """What a run of the recipe `dream` found: how often priors and dreams show the label of their feature."""
+    found = read_json(folder / "summary.json", "summary of a run")["headline"]["sae"]
+    return {name: found[name] for name in ("prior", "dream")}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The newest times and the newest judged images as a table in Markdown."""
+    result = next(each for each in reversed(results) if "prior" in each)
+    p, s, where = result["prior"], result["step"], result["machine"]
+    lines = [
+        "| what | pysteer | the usual way | ratio |",
+        "|---|---|---|---|",
+        f"| priors, images per second | {p['images_per_second_together']:.1f} ({p['features']} features per batch) | "
+        f"{p['images_per_second_alone']:.1f} (one at a time) | {p['ratio']:.1f} x |",
+        f"| a step of {s['rows']} dreams, {s['latents']:,} latents | {s['ms_frozen']:.0f} ms | "
+        f"{s['ms_usual']:.0f} ms | {s['ratio']:.2f} x |",
+        f"| its peak memory | {s['peak_frozen'] / 1e6:.0f} MB | {s['peak_usual'] / 1e6:.0f} MB | "
+        f"{s['peak_usual'] / s['peak_frozen']:.2f} x |",
+        f"| gradients of parameters | {s['gradient_bytes_frozen'] / 1e6:.0f} MB | "
+        f"{s['gradient_bytes_usual'] / 1e6:.0f} MB | |",
+        "",
+        f"{where['processor']}, {where['threads']} threads, torch {result['versions']['torch']}, "
+        f"{result['date'][:10]}.",
+    ]
+    seen = next((each["judged"] for each in reversed(results) if "judged" in each), None)
+    if seen:
+        shown = " and ".join(
+            f"{100 * r['value']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] of {r['n']} {name}s (by chance "
+            f"{100 * r['chance']:.1f} %)"
+            for name, r in seen.items()
+        )
+        lines += ["", f"With `examples/dream/colours.yaml`, {shown} show the label of their latent."]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +210,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
+    parser.add_argument("--judged", type=Path, help="keep what this finished run of the recipe found, measure nothing")
     asked = parser.parse_args()
+    if asked.judged:
+        append("dream", {"judged": judged(asked.judged), **machine()})
+        return
     pipe = zoo.load("diffusion-shapes")
     pipe.pipe.set_progress_bar_config(disable=True)
     site = find_family(pipe).sites(pipe)[SITE]

@@ -82,7 +82,7 @@ MEASURED = {
     "methods": Measured("Methods compared", "pysteer run methods", "recipes/methods.md", docs.TABLES["methods"]),
     "transport": Measured("Transporting activations", "python -m bench.transport sweep", "act.md",
                           _own("transport", "table")),
-    "dream": Measured("Priors and dreams", "python -m bench.dream", "dream.md"),
+    "dream": Measured("Priors and dreams", "python -m bench.dream", "dream.md", docs.TABLES["dream"]),
     "unlearn": Measured("Unlearning", "pysteer run unlearn", "dream.md", _unlearn),
     "dynamics": Measured("Watching a training", "python -m bench.dynamics", "dynamics.md",
                          _last("dynamics", "dynamics")),
