@@ -34,6 +34,7 @@ from pysteer.errors import InputError, PysteerError
 
 SCHEMA = 1
 MARK = "sweep.json"
+_HALF_WRITTEN = ".*.tmp*"  # names of `pysteer.files` until a file is whole
 WORKERS_LOCK = ".workers.lock"  # held in common by the workers of a process pool
 _TRIES = 20
 _SHARD = re.compile(r"([\w.]+)-(\d{6,})-([0-9a-f]{16})\.parquet")
@@ -80,7 +81,7 @@ class Store:
                     f"sweep folder {self.folder} belongs to another task", value=before.get("task"),
                     allowed=str(mark["task"]), fix="give --name NEW",
                 )  # fmt: skip
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and (not self.folder.is_dir() or self._others()):
             raise InputError("sweep folder holds other files", value=str(self.folder), fix="give --name NEW")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +91,10 @@ class Store:
                 "sweep folder cannot be written", value=str(self.folder), allowed="a folder with room that is yours",
                 fix=error.strerror or "choose another --out",
             ) from error  # fmt: skip
+
+    def _others(self) -> bool:
+        """Whether the folder holds anything but what `create` leaves when it is killed."""
+        return any(not path.match(_HALF_WRITTEN) for path in self.folder.iterdir())
 
     def mark(self) -> dict[str, Any]:
         """What `create` noted.
@@ -276,7 +281,7 @@ class Store:
 
     def clean(self) -> None:
         """Remove what processes that were killed left half-written; nobody may be writing."""
-        for path in self.folder.rglob(".*.tmp*"):
+        for path in self.folder.rglob(_HALF_WRITTEN):
             path.unlink(missing_ok=True)
 
 

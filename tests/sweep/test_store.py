@@ -27,6 +27,18 @@ def write(store: Store, writer: str, first: int, count: int):
     return store.write(writer, table_of(rows(first, count), {"key": "string", "status": "string"}))
 
 
+def test_a_sweep_that_was_killed_while_its_folder_was_made_goes_on(tmp_path):
+    folder, plan = tmp_path / "sweep", plan_sweep(TOY, ["strength=0,1", "prompt=a"])
+    folder.mkdir()
+    (folder / ".sweep.0123456789ab.tmp.json").write_text('{"half')
+    assert run_sweep(plan, folder).ran == 2
+    assert not list(folder.glob(".sweep.*"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds other files"):
+        run_sweep(plan, tmp_path / "mine")
+
+
 def test_merging_keeps_every_row_once_even_when_it_is_cut_off(tmp_path, monkeypatch):
     store = Store(tmp_path)
     for i in range(20):
