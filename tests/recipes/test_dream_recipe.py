@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,9 +18,11 @@ from pysteer.dream.representation import Representation
 from pysteer.errors import InputError, PysteerError
 from pysteer.models.diffusion import ImageGenerator
 from pysteer.models.sae import SparseAutoencoder
+from pysteer.recipes.config import build_config, read_values
 from pysteer.recipes.dreaming import studio, workers
 from pysteer.recipes.dreaming.config import DreamRecipeConfig, DreamSettings
 from pysteer.recipes.frame import execute
+from pysteer.zoo import available
 
 pytest.importorskip("diffusers")
 
@@ -222,3 +225,11 @@ def test_settings_of_latents_replace_those_of_channels():
     ):
         with pytest.raises(InputError, match=message):
             DreamRecipeConfig(**given)
+
+
+def test_the_example_is_a_configuration_of_the_recipe():
+    path = Path(__file__).parents[2] / "examples/dream/colours.yaml"
+    config = build_config(DreamRecipeConfig, read_values(path))
+    assert config.sae in available()["autoencoders"]
+    assert config.prior.guidance_scale > 1
+    assert config.prior.prompt
