@@ -11,7 +11,7 @@ if ! command -v sbatch >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends munge slurm-wlm >/dev/null ||
         echo "SLURM is not to be had here" >&2
 fi
-"$python" -c "import ray" 2>/dev/null || "$python" -m pip --disable-pip-version-check install --quiet -e ".[ray]" ||
+"$python" -c "import ray" 2>/dev/null || "$python" -m pip --disable-pip-version-check install --quiet "ray>=2.40" ||
     echo "Ray is not to be had here" >&2
 
 trap 'scripts/slurm_on_loopback.sh stop >/dev/null 2>&1 || true' EXIT
