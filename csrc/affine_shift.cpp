@@ -222,13 +222,7 @@ int affine_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t gain, std::u
     op.bias = reinterpret_cast<const float*>(bias);
     op.low = reinterpret_cast<const float*>(low);
     op.high = reinterpret_cast<const float*>(high);
-    const Table table{reinterpret_cast<const std::int32_t*>(slot),
-                      reinterpret_cast<const float*>(strength),
-                      reinterpret_cast<const std::int64_t*>(clock),
-                      reinterpret_cast<const std::int32_t*>(span),
-                      sets,
-                      steps,
-                      capacity};
+    const Table table = table_at(slot, strength, clock, span, sets, steps, capacity);
     if (const Status status = read_rows(table, op.frame, op.rows)) return status;
     const DType type = DType(dtype);
     const std::int64_t bytes = rows * tokens * width * element_size(type);

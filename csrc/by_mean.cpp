@@ -127,17 +127,6 @@ const T* at(std::uintptr_t address) {
     return reinterpret_cast<const T*>(address);
 }
 
-Table table_at(std::uintptr_t slot, std::uintptr_t strength, std::uintptr_t clock, std::uintptr_t span,
-               std::int64_t sets, std::int64_t steps, std::int64_t capacity) {
-    return {at<std::int32_t>(slot),
-            at<float>(strength),
-            at<std::int64_t>(clock),
-            at<std::int32_t>(span),
-            sets,
-            steps,
-            capacity};
-}
-
 float gelu(float v) { return 0.5f * v * (1.0f + std::erf(v * 0.70710678f)); }
 
 int mlp_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t first, std::uintptr_t first_bias,

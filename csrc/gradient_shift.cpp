@@ -131,13 +131,7 @@ int gradient_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, st
     op.gate = gate;
     op.temperature = float(temperature);
     op.normalize = normalize;
-    const Table table{reinterpret_cast<const std::int32_t*>(slot),
-                      reinterpret_cast<const float*>(strength),
-                      reinterpret_cast<const std::int64_t*>(clock),
-                      reinterpret_cast<const std::int32_t*>(span),
-                      sets,
-                      steps,
-                      capacity};
+    const Table table = table_at(slot, strength, clock, span, sets, steps, capacity);
     if (const Status status = read_rows(table, op.frame, op.rows)) return status;
     op.prepare_sets(sets);
     const DType type = DType(dtype);

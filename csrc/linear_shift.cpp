@@ -41,13 +41,7 @@ int linear_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, std:
                  std::int64_t outputs, std::int64_t weight_stride, std::int64_t sets, std::int64_t steps,
                  std::int64_t capacity, std::int64_t threads) {
     const py::gil_scoped_release release;
-    const Table table{reinterpret_cast<const std::int32_t*>(slot),
-                      reinterpret_cast<const float*>(strength),
-                      reinterpret_cast<const std::int64_t*>(clock),
-                      reinterpret_cast<const std::int32_t*>(span),
-                      sets,
-                      steps,
-                      capacity};
+    const Table table = table_at(slot, strength, clock, span, sets, steps, capacity);
     std::vector<Row> found;
     const Frame frame{rows, tokens, outputs, 0, 0, 1, 0, 0, 1};
     if (const Status status = read_rows(table, frame, found)) return status;

@@ -238,13 +238,7 @@ int norm_affine(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, std::
     op.eps = float(eps);
     op.kind = Kind(kind);
     op.groups = groups;
-    const Table table{reinterpret_cast<const std::int32_t*>(slot),
-                      reinterpret_cast<const float*>(strength),
-                      reinterpret_cast<const std::int64_t*>(clock),
-                      reinterpret_cast<const std::int32_t*>(span),
-                      sets,
-                      steps,
-                      capacity};
+    const Table table = table_at(slot, strength, clock, span, sets, steps, capacity);
     if (const Status status = read_rows(table, op.frame, op.rows)) return status;
     const DType type = DType(dtype);
     const std::int64_t bytes = rows * tokens * width * element_size(type);

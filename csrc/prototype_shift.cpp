@@ -141,13 +141,7 @@ int prototype_shift(std::uintptr_t x, std::uintptr_t y, std::uintptr_t weight, s
     op.delta = reinterpret_cast<const float*>(delta);
     op.prototypes = prototypes;
     op.pull = pull != 0;
-    const Table table{reinterpret_cast<const std::int32_t*>(slot),
-                      reinterpret_cast<const float*>(strength),
-                      reinterpret_cast<const std::int64_t*>(clock),
-                      reinterpret_cast<const std::int32_t*>(span),
-                      sets,
-                      steps,
-                      capacity};
+    const Table table = table_at(slot, strength, clock, span, sets, steps, capacity);
     if (const Status status = read_rows(table, op.frame, op.rows)) return status;
     op.plan_panels();
     const DType type = DType(dtype);

@@ -101,13 +101,7 @@ int residual_shift(std::uintptr_t x, std::uintptr_t f, std::uintptr_t y, std::ui
     op.gate = reinterpret_cast<const float*>(gate);
     op.gain = reinterpret_cast<const float*>(gain);
     op.bias = reinterpret_cast<const float*>(bias);
-    const Table table{reinterpret_cast<const std::int32_t*>(slot),
-                      reinterpret_cast<const float*>(strength),
-                      reinterpret_cast<const std::int64_t*>(clock),
-                      reinterpret_cast<const std::int32_t*>(span),
-                      sets,
-                      steps,
-                      capacity};
+    const Table table = table_at(slot, strength, clock, span, sets, steps, capacity);
     if (const Status status = read_rows(table, op.frame, op.rows)) return status;
     const DType type = DType(dtype), other = DType(f_dtype);
     const std::int64_t bytes = rows * tokens * width * element_size(type);

@@ -336,13 +336,7 @@ int sae_edit(std::uintptr_t x, std::uintptr_t y, std::uintptr_t gradient, std::u
     op.k = k;
     op.full = {full, at<float>(full_bias), latents, full_stride, DType(full_type)};
     op.backward = gradient != 0;
-    const Table table{at<std::int32_t>(slot),
-                      at<float>(strength),
-                      at<std::int64_t>(clock),
-                      at<std::int32_t>(span),
-                      sets,
-                      steps,
-                      capacity};
+    const Table table = table_at(slot, strength, clock, span, sets, steps, capacity);
     if (const Status status = read_rows(table, op.frame, op.rows)) return status;
     const DType type = DType(dtype);
     const std::int64_t bytes = rows * tokens * width * element_size(type);

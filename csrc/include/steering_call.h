@@ -31,6 +31,18 @@ struct Table {
     std::int64_t sets, steps, capacity;
 };
 
+// From the addresses that bound functions are given.
+inline Table table_at(std::uintptr_t slot, std::uintptr_t strength, std::uintptr_t clock, std::uintptr_t span,
+                      std::int64_t sets, std::int64_t steps, std::int64_t capacity) {
+    return {reinterpret_cast<const std::int32_t*>(slot),
+            reinterpret_cast<const float*>(strength),
+            reinterpret_cast<const std::int64_t*>(clock),
+            reinterpret_cast<const std::int32_t*>(span),
+            sets,
+            steps,
+            capacity};
+}
+
 struct Row {
     std::int64_t set = 0;
     float strength = 0.0f;
