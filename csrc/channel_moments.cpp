@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "packed.h"
 #include "registry.h"
 
 namespace pysteer {
@@ -260,7 +261,7 @@ std::uint32_t near_bits(float eps, DType dtype) {
     return low;
 }
 
-void channel_moments(std::uintptr_t x, std::uintptr_t out, std::int64_t rows, std::int64_t tokens, std::int64_t width,
+int channel_moments(std::uintptr_t x, std::uintptr_t out, std::int64_t rows, std::int64_t tokens, std::int64_t width,
                      std::int64_t x_row, std::int64_t x_token, std::int64_t x_channel, double eps,
                      std::int64_t accumulate, std::int64_t dtype, std::int64_t threads) {
     const py::gil_scoped_release release;
@@ -280,10 +281,12 @@ void channel_moments(std::uintptr_t x, std::uintptr_t out, std::int64_t rows, st
     if (type == DType::float32) run<float>(x, walk, moments);
     if (type == DType::bfloat16) run<BFloat16>(x, walk, moments);
     if (type == DType::float16) run<Float16>(x, walk, moments);
+    return ok;
 }
 
 void register_channel_moments(py::module_& m) {
-    m.def("channel_moments", &channel_moments, "channel_moments on the CPU: [8, width] doubles, fresh or added to.");
+    def_kernel<&channel_moments>(m, "channel_moments",
+                                 "channel_moments on the CPU: [8, width] doubles, fresh or added to; returns 0.");
 }
 
 PYSTEER_REGISTER_OP(register_channel_moments)

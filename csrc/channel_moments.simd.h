@@ -65,64 +65,6 @@ struct Sums {
 
 inline Sums no_sums() { return {zero(), zero(), zero()}; }
 
-// How many pairs of sums run side by side, so that no sum waits for itself and all stay in registers.
-template <class T>
-constexpr int kPairs = PYSTEER_ISA_LEVEL >= 4 && std::is_same<T, BFloat16>::value ? 2 : 1;
-
-template <class T>
-struct Pair {
-    Sums a, b;
-    Order<T> order;
-    Counts<T> counts;
-
-    void take(const Pair& other) {
-        a.take(other.a);
-        b.take(other.b);
-        order.take(other.order);
-        counts.take(other.counts);
-    }
-
-    static Pair empty() { return {no_sums(), no_sums(), Order<T>::empty(), Counts<T>::none()}; }
-    void take(Step<T> x, Step<T> near) {
-        const Step<T> size = x.sizes();
-        Vec v, w, s, t;
-        x.floats(v, w);
-        size.floats(s, t);
-        a.take(v, s);
-        b.take(w, t);
-        order.take(x, size);
-        counts.take(size, near);
-    }
-};
-
-#if PYSTEER_ISA_LEVEL >= 4
-// Products of pairs, added up two at a time in one instruction; the order of the sum is free along a channel.
-inline __m512bh pairs(Ints v) { return __m512bh(v); }
-template <>
-struct Pair<BFloat16> {
-    Sums a, b;
-    Order<BFloat16> order;
-    Counts<BFloat16> counts;
-
-    void take(const Pair& other) {
-        a.take(other.a);
-        order.take(other.order);
-        counts.take(other.counts);
-    }
-
-    static Pair empty() { return {no_sums(), no_sums(), Order<BFloat16>::empty(), Counts<BFloat16>::none()}; }
-    void take(Step<BFloat16> x, Step<BFloat16> near) {
-        const Step<BFloat16> size = x.sizes();
-        const __m512bh one = pairs(all16(0x3f80));
-        a.value = _mm512_dpbf16_ps(a.value, pairs(x.v), one);
-        a.square = _mm512_dpbf16_ps(a.square, pairs(x.v), pairs(x.v));
-        a.size = _mm512_dpbf16_ps(a.size, pairs(size.v), one);
-        order.take(x, size);
-        counts.take(size, near);
-    }
-};
-#endif
-
 inline float total(Vec v) {
 #if PYSTEER_ISA_LEVEL >= 3
     return _mm512_reduce_add_ps(v);
@@ -134,6 +76,151 @@ inline float total(Vec v) {
     return v;
 #endif
 }
+
+// What a block adds up to.
+template <class T>
+struct Totals {
+    double value, square, size;
+    typename Step<T>::Bits largest, highest, lowest;
+    std::int64_t near, zero;
+
+    Totals(const Sums& sums, const Order<T>& order, const Counts<T>& counts)
+        : value(total(sums.value)),
+          square(total(sums.square)),
+          size(total(sums.size)),
+          largest(order.largest.fold_largest()),
+          highest(order.highest.fold_highest()),
+          lowest(order.lowest.fold_lowest()),
+          near(counts.nears.fold_sum()),
+          zero(counts.zeros.fold_sum()) {}
+};
+
+// How many of them run side by side, so that no sum waits for itself and all stay in registers.
+template <class T>
+constexpr int kPairs = PYSTEER_ISA_LEVEL >= 4 && std::is_same<T, BFloat16>::value ? 2 : 1;
+
+// What a step of elements of one channel adds up to; the order of the sums is free along a channel.
+template <class T>
+struct Pair {
+    Sums a, b;
+    Order<T> order;
+    Counts<T> counts;
+
+    static Pair empty() { return {no_sums(), no_sums(), Order<T>::empty(), Counts<T>::none()}; }
+    void add(const Pair& other) {
+        a.take(other.a);
+        b.take(other.b);
+        order.take(other.order);
+        counts.take(other.counts);
+    }
+    void compare(Step<T> x) { order.take(x, x.sizes()); }
+    void count(Step<T> x, Step<T> near) {
+        const Step<T> size = x.sizes();
+        Vec v, w, s, t;
+        x.floats(v, w);
+        size.floats(s, t);
+        a.take(v, s);
+        b.take(w, t);
+        counts.take(size, near);
+    }
+    void take(Step<T> x, Step<T> near) {
+        compare(x);
+        count(x, near);
+    }
+    Totals<T> totals() const {
+        Sums both = a;
+        both.take(b);
+        return {both, order, counts};
+    }
+};
+
+// Both halves of a step in the same registers: AVX2 has sixteen, and what does not fit costs more than the sums.
+template <>
+struct Pair<float> {
+    Vec value, square, other_square, size;
+    Ints largest, highest, lowest, nears, zeros;
+
+    static Pair empty() {
+        return {zero(), zero(), zero(), zero(), all32(0x80000000u), all32(0), all32(0xffffffffu), all32(0), all32(0)};
+    }
+    void add(const Pair& from) {
+        value = plus(value, from.value);
+        square = plus(square, from.square);
+        other_square = plus(other_square, from.other_square);
+        size = plus(size, from.size);
+        largest = max_s32(largest, from.largest);
+        highest = max_u32(highest, from.highest);
+        lowest = min_u32(lowest, from.lowest);
+        nears = plus32(nears, from.nears);
+        zeros = plus32(zeros, from.zeros);
+    }
+    void compare(Ints x) {
+        largest = max_s32(largest, x);
+        highest = max_u32(highest, x);
+        lowest = min_u32(lowest, both_of(x, all32(0x7fffffffu)));
+    }
+    void compare(Step<float> x) {
+        compare(x.v);
+        compare(x.w);
+    }
+    void count(Ints x, Ints near, Vec* squares) {
+        const Ints bits = both_of(x, all32(0x7fffffffu));
+        const Vec v = as_floats(x);
+        value = plus(value, v);
+        *squares = fma(v, v, *squares);
+        size = plus(size, as_floats(bits));
+        nears = count_below32(nears, bits, near);
+        zeros = count_zeros32(zeros, bits);
+    }
+    void count(Step<float> x, Step<float> near) {
+        count(x.v, near.v, &square);
+        count(x.w, near.w, &other_square);
+    }
+    void take(Step<float> x, Step<float> near) {  // one half after the other, so that few values live at a time
+        compare(x.v);
+        count(x.v, near.v, &square);
+        compare(x.w);
+        count(x.w, near.w, &other_square);
+    }
+    Totals<float> totals() const {
+        const Ints none = all32(0), low = all32(0xffffffffu), deep = all32(0x80000000u);
+        return {{value, plus(square, other_square), size},
+                {{largest, deep}, {highest, none}, {lowest, low}},
+                {{nears, none}, {zeros, none}}};
+    }
+};
+
+#if PYSTEER_ISA_LEVEL >= 4
+// Products of pairs, added up two at a time in one instruction.
+inline __m512bh pairs(Ints v) { return __m512bh(v); }
+template <>
+struct Pair<BFloat16> {
+    Sums a;
+    Order<BFloat16> order;
+    Counts<BFloat16> counts;
+
+    static Pair empty() { return {no_sums(), Order<BFloat16>::empty(), Counts<BFloat16>::none()}; }
+    void add(const Pair& other) {
+        a.take(other.a);
+        order.take(other.order);
+        counts.take(other.counts);
+    }
+    void compare(Step<BFloat16> x) { order.take(x, x.sizes()); }
+    void count(Step<BFloat16> x, Step<BFloat16> near) {
+        const Step<BFloat16> size = x.sizes();
+        const __m512bh one = pairs(all16(0x3f80));
+        a.value = _mm512_dpbf16_ps(a.value, pairs(x.v), one);
+        a.square = _mm512_dpbf16_ps(a.square, pairs(x.v), pairs(x.v));
+        a.size = _mm512_dpbf16_ps(a.size, pairs(size.v), one);
+        counts.take(size, near);
+    }
+    void take(Step<BFloat16> x, Step<BFloat16> near) {
+        compare(x);
+        count(x, near);
+    }
+    Totals<BFloat16> totals() const { return {a, order, counts}; }
+};
+#endif
 
 template <class T>
 inline float value_of(typename Step<T>::Bits bits) {
@@ -225,33 +312,28 @@ inline bool in_range(double value, double square) {
     return value < huge && value > -huge && square < huge;
 }
 
-// What a block adds up to.
-template <class T>
-struct Totals {
-    double value, square, size;
-    typename Step<T>::Bits largest, highest, lowest;
-    std::int64_t near, zero;
-};
-
-template <class T>
-inline std::int64_t sum_of_lanes(Step<T> n) {
-    typename Step<T>::Bits lanes[kStep];
-    n.write(lanes);
-    std::int64_t sum = 0;
-    for (int i = 0; i < kStep; ++i) sum += lanes[i];
-    return sum;
-}
-
 // The elements behind the last whole step, filled up with zeros that are counted as well; out of the way of the loop
 // over whole steps.
 template <class T>
 __attribute__((noinline)) void take_rest(const T* x, int rest, const Limits& limits, Pair<T>* acc) {
     T zeros[kStep], same[kStep];
     pad(x, rest, zeros, same);
-    const Order<T> order = acc->order;
-    acc->take(Step<T>::read(zeros), near_of<T>(limits));
-    acc->order = order;
-    acc->order.take(Step<T>::read(same), Step<T>::read(same).sizes());
+    acc->count(Step<T>::read(zeros), near_of<T>(limits));
+    acc->compare(Step<T>::read(same));
+}
+
+// The whole steps of one row, in a function of its own: with more than that around the loop the compiler keeps sums in
+// memory, which takes three times as long.
+template <class T>
+__attribute__((noinline)) void take_steps(const T* x, std::int64_t whole, Step<T> near, Pair<T>* sums) {
+    Pair<T> acc[kPairs<T>];
+    for (int i = 0; i < kPairs<T>; ++i) acc[i] = sums[i];
+    std::int64_t t = 0;
+    for (; t + kPairs<T> * kStep <= whole; t += kPairs<T> * kStep) {
+        for (int i = 0; i < kPairs<T>; ++i) acc[i].take(Step<T>::read(x + t + i * kStep), near);
+    }
+    if (kPairs<T> > 1 && t < whole) acc[0].take(Step<T>::read(x + t), near);
+    for (int i = 0; i < kPairs<T>; ++i) sums[i] = acc[i];
 }
 
 template <class T>
@@ -262,25 +344,16 @@ inline Totals<T> sum_plane(const T* x, const Block& block, const Limits& limits)
     const std::int64_t whole = block.tokens / kStep * kStep, rest = block.tokens - whole;
     for (std::int64_t r = 0; r < block.rows; ++r) {
         const T* row = x + r * block.row_stride;
-        std::int64_t t = 0;
-#pragma GCC unroll 2
-        for (; t + kPairs<T> * kStep <= whole; t += kPairs<T> * kStep) {
-            for (int i = 0; i < kPairs<T>; ++i) acc[i].take(Step<T>::read(row + t + i * kStep), near);
-        }
-        if (kPairs<T> > 1 && t < whole) acc[0].take(Step<T>::read(row + t), near);
+        take_steps(row, whole, near, acc);
         if (rest) take_rest(row + whole, int(rest), limits, &last);
     }
-    acc[0].take(last);
-    for (int i = 1; i < kPairs<T>; ++i) acc[0].take(acc[i]);
+    acc[0].add(last);
+    for (int i = 1; i < kPairs<T>; ++i) acc[0].add(acc[i]);
+    Totals<T> sums = acc[0].totals();
     const std::int64_t filled = rest ? block.rows * (kStep - rest) : 0;
-    return {total(plus(acc[0].a.value, acc[0].b.value)),
-            total(plus(acc[0].a.square, acc[0].b.square)),
-            total(plus(acc[0].a.size, acc[0].b.size)),
-            acc[0].order.largest.fold_largest(),
-            acc[0].order.highest.fold_highest(),
-            acc[0].order.lowest.fold_lowest(),
-            sum_of_lanes(acc[0].counts.nears) - (limits.near ? filled : 0),
-            sum_of_lanes(acc[0].counts.zeros) - filled};
+    sums.near -= limits.near ? filled : 0;
+    sums.zero -= filled;
+    return sums;
 }
 
 // One channel of a block of rows, tokens next to each other.

@@ -20,7 +20,7 @@ constexpr int kTogether = 16;  // tokens that share the reading and writing of w
 inline void add_to(float* sum, Vec v) { store(sum, plus(load(sum), v)); }
 
 // kTokens tokens of one step of channels.
-template <class T, int kTokens>
+template <int kTokens, class T>
 inline void tokens_step(const T* x, std::int64_t stride, Step<T> near, Known<T>* known) {
     Order<T> seen{Step<T>::read(known->largest), Step<T>::read(known->highest), Step<T>::read(known->lowest)};
     Counts<T> counts{Step<T>::read(known->nears), Step<T>::read(known->zeros)};
@@ -49,6 +49,44 @@ inline void tokens_step(const T* x, std::int64_t stride, Step<T> near, Known<T>*
     counts.nears.write(known->nears);
     counts.zeros.write(known->zeros);
 }
+
+#if PYSTEER_ISA_LEVEL == 2
+// One half of a step of fp32, kTokens tokens of it: the sums of a whole one do not fit in the registers of AVX2.
+template <int kTokens>
+inline void tokens_half(const float* x, std::int64_t stride, Ints near, Known<float>* known, int at) {
+    Vec value = zero(), square = zero(), size = zero();
+    Ints largest = read_ints(known->largest + at), highest = read_ints(known->highest + at);
+    Ints lowest = read_ints(known->lowest + at), nears = read_ints(known->nears + at);
+    Ints zeros = read_ints(known->zeros + at);
+    for (int t = 0; t < kTokens; ++t) {
+        __builtin_prefetch(x + (t + kTokens) * stride);  // the processor does not follow several tokens by itself
+        const Ints bits = read_ints(x + t * stride), sizes = both_of(bits, all32(0x7fffffffu));
+        const Vec v = as_floats(bits);
+        value = plus(value, v);
+        square = fma(v, v, square);
+        size = plus(size, as_floats(sizes));
+        largest = max_s32(largest, bits);
+        highest = max_u32(highest, bits);
+        lowest = min_u32(lowest, sizes);
+        nears = count_below32(nears, sizes, near);
+        zeros = count_zeros32(zeros, sizes);
+    }
+    add_to(known->value + at, value);
+    add_to(known->square + at, square);
+    add_to(known->size + at, size);
+    write_ints(known->largest + at, largest);
+    write_ints(known->highest + at, highest);
+    write_ints(known->lowest + at, lowest);
+    write_ints(known->nears + at, nears);
+    write_ints(known->zeros + at, zeros);
+}
+
+template <int kTokens>
+inline void tokens_step(const float* x, std::int64_t stride, Step<float> near, Known<float>* known) {
+    tokens_half<kTokens>(x, stride, near.v, known, 0);
+    tokens_half<kTokens>(x + kLanes, stride, near.w, known, kLanes);
+}
+#endif
 
 // Sums around the centres of one step of channels, where one of its channels asks for them.
 template <class T>
@@ -171,11 +209,11 @@ void moments_tokens(const T* x, std::int64_t stride, std::int64_t tokens, std::i
     std::int64_t t = 0;
     for (; t + kTogether <= tokens; t += kTogether) {
         for (std::int64_t i = 0; i < steps; ++i) {
-            tokens_step<T, kTogether>(x + t * stride + i * kStep, stride, near, known + i);
+            tokens_step<kTogether>(x + t * stride + i * kStep, stride, near, known + i);
         }
     }
     for (; t < tokens; ++t) {
-        for (std::int64_t i = 0; i < steps; ++i) tokens_step<T, 1>(x + t * stride + i * kStep, stride, near, known + i);
+        for (std::int64_t i = 0; i < steps; ++i) tokens_step<1>(x + t * stride + i * kStep, stride, near, known + i);
     }
     for (std::int64_t i = 0; i < steps; ++i) {
         finish_step(x + i * kStep, stride, tokens, known[i], out + i * kStep, width);

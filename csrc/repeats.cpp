@@ -128,6 +128,39 @@ std::vector<std::int64_t> layout_of(const View& x) {
     return layout;
 }
 
+// What is to be known of a call for making it again; null if it cannot be kept.
+std::unique_ptr<Entry> entry_of(PyObject* x, const py::capsule& kernel, const py::tuple& arguments) {
+    View view;
+    PyObject* choices = choices_now();
+    const void* packed = PyCapsule_GetPointer(kernel.ptr(), PackedKernel::kCapsule);
+    if (!packed) throw py::error_already_set();
+    if (!choices || !look(x, view)) return nullptr;
+    auto entry = std::make_unique<Entry>();
+    entry->layout = layout_of(view);
+    entry->code = view.code;
+    entry->bits = view.bits;
+    entry->threads = threads_of_torch();
+    entry->choices = py::reinterpret_borrow<py::object>(choices);
+    entry->kernel = static_cast<const PackedKernel*>(packed);
+    if (entry->kernel->count != arguments.size() || arguments.size() > kMostArguments) return nullptr;
+    for (std::size_t i = 0; i < arguments.size(); ++i) {
+        if (entry->kernel->is_real[i]) {
+            entry->words[i].real = arguments[i].cast<double>();
+        } else {
+            entry->words[i].integer = arguments[i].cast<std::int64_t>();
+        }
+    }
+    return entry;
+}
+
+// The entry for such a tensor, if threads and backends are as they were; borrowed.
+const Entry* current(const std::vector<std::unique_ptr<Entry>>& entries, const View& x) {
+    const auto found = std::find_if(entries.begin(), entries.end(), [&](const auto& each) { return each->fits(x); });
+    if (found == entries.end()) return nullptr;
+    const bool same = (*found)->choices.ptr() == choices_now() && (*found)->threads == threads_of_torch();
+    return same ? found->get() : nullptr;
+}
+
 class Repeats {
  public:
     // Banks and other tensors of a table that stay the same objects; channel_dim 1 or -1.
@@ -154,24 +187,9 @@ class Repeats {
             }
         }
         View view;
-        PyObject* choices = choices_now();
-        if (!choices || !look(x.ptr(), view) || view.ndim < 2 || view.shape[0] == 0) return false;
-        auto entry = std::make_unique<Entry>();
-        entry->layout = layout_of(view);
-        entry->code = view.code;
-        entry->bits = view.bits;
-        entry->threads = threads_of_torch();
-        entry->choices = py::reinterpret_borrow<py::object>(choices);
-        entry->kernel = static_cast<const PackedKernel*>(PyCapsule_GetPointer(kernel.ptr(), PackedKernel::kCapsule));
-        if (!entry->kernel || entry->kernel->count != arguments.size() || arguments.size() > kMostArguments)
-            return false;
-        for (std::size_t i = 0; i < arguments.size(); ++i) {
-            if (entry->kernel->is_real[i]) {
-                entry->words[i].real = arguments[i].cast<double>();
-            } else {
-                entry->words[i].integer = arguments[i].cast<std::int64_t>();
-            }
-        }
+        if (!look(x.ptr(), view) || view.ndim < 2 || view.shape[0] == 0) return false;
+        auto entry = entry_of(x.ptr(), kernel, arguments);
+        if (!entry) return false;
         const std::int64_t channel = channel_dim_ < 0 ? view.ndim - 1 : channel_dim_;
         entry->tokens = 1;
         for (std::int64_t d = 1; d < view.ndim; ++d) entry->tokens *= d == channel ? 1 : view.shape[d];
@@ -189,7 +207,7 @@ class Repeats {
         }
         View from, to;
         if (!look(x, from) || (rows >= 0 && from.shape[0] != rows)) return nullptr;
-        const Entry* entry = find(from);
+        const Entry* entry = current(entries_, from);
         if (!entry || (rows < 0 && !same_places()) || graded(x)) return nullptr;
         PyObject* y = PyObject_CallOneArg(g_surroundings->empty_like.ptr(), x);
         if (!y) throw py::error_already_set();
@@ -234,14 +252,6 @@ class Repeats {
         return true;
     }
 
-    const Entry* find(const View& x) const {
-        const auto found =
-            std::find_if(entries_.begin(), entries_.end(), [&](const auto& each) { return each->fits(x); });
-        if (found == entries_.end()) return nullptr;
-        const bool current = (*found)->choices.ptr() == choices_now() && (*found)->threads == threads_of_torch();
-        return current ? found->get() : nullptr;
-    }
-
     bool graded(PyObject* x) const {
         const int enabled = is_true(g_surroundings->grad_enabled);
         if (enabled < 0) throw py::error_already_set();
@@ -264,6 +274,51 @@ class Repeats {
     std::vector<std::unique_ptr<Entry>> entries_;
     std::int64_t channel_dim_;
 };
+
+// Calls of a kernel that adds what it finds in x to sums that stay where they are.
+class Additions {
+ public:
+    // arguments: of the kernel, beginning with the addresses of x and of the sums. False if the call cannot be kept.
+    bool keep(py::object x, py::capsule kernel, py::tuple arguments) {
+        auto entry = g_surroundings ? entry_of(x.ptr(), kernel, arguments) : nullptr;
+        if (!entry) return false;
+        if (entries_.size() >= kMostEntries) entries_.clear();
+        entries_.insert(entries_.begin(), std::move(entry));
+        return true;
+    }
+
+    void forget() { entries_.clear(); }
+
+    bool again(PyObject* x) {
+        if (entries_.empty() || reinterpret_cast<PyObject*>(Py_TYPE(x)) != g_surroundings->tensor_type.ptr() ||
+            !nobody_watches()) {
+            return false;
+        }
+        View view;
+        const Entry* entry = look(x, view) ? current(entries_, view) : nullptr;
+        if (!entry) return false;
+        std::array<Word, kMostArguments> words = entry->words;
+        words[0].integer = reinterpret_cast<std::int64_t>(view.address());
+        return entry->kernel->run(words.data()) == 0;
+    }
+
+ private:
+    std::vector<std::unique_ptr<Entry>> entries_;
+};
+
+// again(x), without pybind11 in between.
+PyObject* add_again(PyObject* self, PyObject* x) {
+    auto* additions = static_cast<Additions*>(PyCapsule_GetPointer(self, nullptr));
+    if (!additions) return nullptr;
+    try {
+        return PyBool_FromLong(additions->again(x));
+    } catch (py::error_already_set& error) {
+        error.restore();
+        return nullptr;
+    }
+}
+
+PyMethodDef kAddAgain = {"again", &add_again, METH_O, "Whether a call like this one was kept; it is then made."};
 
 // again(x, slot, strength, clock, span, counts, rows, weight), without pybind11 in between.
 PyObject* again(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
@@ -289,14 +344,15 @@ PyObject* again(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 PyMethodDef kAgain = {"again", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&again)), METH_FASTCALL,
                       "The result of a call that was kept, or None if there is none like it."};
 
-// The function `again` of one object; it keeps the object alive.
-py::object function_of(py::object self) {
-    auto* repeats = self.cast<Repeats*>();
-    PyObject* holder = PyCapsule_New(
-        repeats, nullptr, [](PyObject* capsule) { Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule))); });
+// A function of one object, which it keeps alive.
+template <class T>
+py::object function_of(py::object self, PyMethodDef* method) {
+    PyObject* holder = PyCapsule_New(self.cast<T*>(), nullptr, [](PyObject* capsule) {
+        Py_XDECREF(static_cast<PyObject*>(PyCapsule_GetContext(capsule)));
+    });
     if (!holder) throw py::error_already_set();
     PyCapsule_SetContext(holder, self.inc_ref().ptr());
-    PyObject* function = PyCFunction_New(&kAgain, holder);
+    PyObject* function = PyCFunction_New(method, holder);
     Py_DECREF(holder);
     if (!function) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(function);
@@ -318,7 +374,14 @@ void register_repeats(py::module_& m) {
         .def(py::init<std::vector<py::object>, std::int64_t>())
         .def("keep", &Repeats::keep, "Keeps a call; False if it cannot be kept.")
         .def("__len__", &Repeats::size)
-        .def_static("function", &function_of, "The function that makes a kept call again.");
+        .def_static("function", [](py::object self) { return function_of<Repeats>(self, &kAgain); },
+                    "The function that makes a kept call again.");
+    py::class_<Additions>(m, "Additions", "Calls that add to the same sums and can be made again.")
+        .def(py::init<>())
+        .def("keep", &Additions::keep, "Keeps a call; False if it cannot be kept.")
+        .def("forget", &Additions::forget, "Keeps nothing any more.")
+        .def_static("function", [](py::object self) { return function_of<Additions>(self, &kAddAgain); },
+                    "The function that makes a kept call again, if there is one for its tensor.");
     m.def("set_surroundings", &set_surroundings, "What is asked before a call is made again.");
 }
 

@@ -16,6 +16,13 @@ inline std::uint32_t first_of_min(__m128i a, std::uint32_t turned) {
     const __m128i t = _mm_set1_epi16(short(turned));
     return (std::uint32_t(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(a, t)))) ^ turned) & 0xffffu;
 }
+// Sums of all lanes; lanes of 16 bits hold less than 2^15.
+inline std::uint32_t fold_sum32(__m128i a) {
+    a = _mm_add_epi32(a, swap64(a));
+    return std::uint32_t(_mm_cvtsi128_si32(_mm_add_epi32(a, swap32(a))));
+}
+inline std::uint32_t fold_sum32(__m256i a) { return fold_sum32(_mm_add_epi32(low_of(a), high_of(a))); }
+inline std::uint32_t fold_sum16(__m256i a) { return fold_sum32(_mm256_madd_epi16(a, _mm256_set1_epi16(1))); }
 inline std::uint16_t fold_max_s16(__m256i a) { return first_of_min(_mm_max_epi16(low_of(a), high_of(a)), 0x7fff); }
 inline std::uint16_t fold_max_u16(__m256i a) { return first_of_min(_mm_max_epu16(low_of(a), high_of(a)), 0xffff); }
 inline std::uint16_t fold_min_u16(__m256i a) { return first_of_min(_mm_min_epu16(low_of(a), high_of(a)), 0); }
@@ -47,6 +54,9 @@ inline void widen(Float16, Ints v, Vec& a, Vec& b) {
 inline Ints count_below32(Ints n, Ints size, Ints limit) {
     return _mm512_mask_add_epi32(n, _mm512_cmplt_epu32_mask(size, limit), n, all32(1));
 }
+inline Ints count_zeros32(Ints n, Ints size) {
+    return _mm512_mask_add_epi32(n, _mm512_testn_epi32_mask(size, size), n, all32(1));
+}
 inline Ints plus32(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Ints plus16(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
 inline Ints count_below16(Ints n, Ints size, Ints limit) {
@@ -54,6 +64,8 @@ inline Ints count_below16(Ints n, Ints size, Ints limit) {
 }
 inline __m256i low_of(Ints a) { return _mm512_castsi512_si256(a); }
 inline __m256i high_of(Ints a) { return _mm512_extracti64x4_epi64(a, 1); }
+inline std::uint32_t fold_sum32(Ints a) { return std::uint32_t(_mm512_reduce_add_epi32(a)); }
+inline std::uint32_t fold_sum16(Ints a) { return fold_sum32(_mm512_madd_epi16(a, all16(1))); }
 inline std::uint32_t fold_max_s32(Ints a) { return std::uint32_t(_mm512_reduce_max_epi32(a)); }
 inline std::uint32_t fold_max_u32(Ints a) { return _mm512_reduce_max_epu32(a); }
 inline std::uint32_t fold_min_u32(Ints a) { return _mm512_reduce_min_epu32(a); }
@@ -103,11 +115,16 @@ inline Ints plus16(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
 inline Ints count_below32(Ints n, Ints size, Ints limit) {
     return _mm256_sub_epi32(n, _mm256_cmpgt_epi32(limit, size));
 }
+inline Ints count_zeros32(Ints n, Ints size) {
+    return _mm256_sub_epi32(n, _mm256_cmpeq_epi32(size, all32(0)));
+}
 inline Ints count_below16(Ints n, Ints size, Ints limit) {
     return _mm256_sub_epi16(n, _mm256_cmpgt_epi16(limit, size));
 }
 #else
 using Ints = std::uint32_t;  // one element of 32 bits, or two of 16
+inline std::uint32_t fold_sum32(Ints a) { return a; }
+inline std::uint32_t fold_sum16(Ints a) { return (a & 0xffffu) + (a >> 16); }
 inline std::uint32_t fold_max_s32(Ints a) { return a; }
 inline std::uint32_t fold_max_u32(Ints a) { return a; }
 inline std::uint32_t fold_min_u32(Ints a) { return a; }
@@ -150,6 +167,7 @@ inline void widen(T, Ints v, Vec& a, Vec& b) {
 inline Ints plus32(Ints a, Ints b) { return a + b; }
 inline Ints plus16(Ints a, Ints b) { return ((a + b) & 0xffffu) | ((a >> 16) + (b >> 16)) << 16; }
 inline Ints count_below32(Ints n, Ints size, Ints limit) { return n + (size < limit); }
+inline Ints count_zeros32(Ints n, Ints size) { return n + (size == 0); }
 inline Ints count_below16(Ints n, Ints size, Ints limit) {
     return n + Ints((size & 0xffffu) < (limit & 0xffffu)) + (Ints((size >> 16) < (limit >> 16)) << 16);
 }
@@ -182,6 +200,7 @@ struct Step {
     Step count(Step size, Step limit) const { return {count_below16(v, size.v, limit.v)}; }
     Step plus(Step b) const { return {plus16(v, b.v)}; }
     void floats(Vec& a, Vec& b) const { widen(T{}, v, a, b); }
+    std::int64_t fold_sum() const { return fold_sum16(v); }
     Bits fold_largest() const { return fold_max_s16(v); }
     Bits fold_highest() const { return fold_max_u16(v); }
     Bits fold_lowest() const { return fold_min_u16(v); }
@@ -208,6 +227,7 @@ struct Step<float> {
         a = as_floats(v);
         b = as_floats(w);
     }
+    std::int64_t fold_sum() const { return fold_sum32(plus32(v, w)); }
     Bits fold_largest() const { return fold_max_s32(max_s32(v, w)); }
     Bits fold_highest() const { return fold_max_u32(max_u32(v, w)); }
     Bits fold_lowest() const { return fold_min_u32(min_u32(v, w)); }

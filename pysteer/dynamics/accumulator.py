@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from pysteer.ops.channel_moments import channel_moments, empty_moments
 from pysteer.ops.declare import transformed
 from pysteer.ops.launch import choose
 from pysteer.ops.layouts import DTYPE_CODES
+from pysteer.ops.prepared import kept_calls
+
+
+def _never(x: Tensor) -> bool:
+    return False
 
 
 class Accumulator:
@@ -28,22 +34,24 @@ class Accumulator:
         touched: whether anything was added since the start.
     """
 
-    __slots__ = ("_address", "_empty", "_kernel", "_key", "_rest", "channel_dim", "eps", "moments", "touched")
+    __slots__ = ("_again", "_empty", "_kept", "channel_dim", "eps", "moments", "touched")
 
     def __init__(self, width: int, eps: float, channel_dim: int | None, device: torch.device) -> None:
         self.eps, self.channel_dim = eps, channel_dim
-        self._key: Any = None
-        self._kernel: Any = None
-        self._rest: tuple[Any, ...] = ()
         self._empty: Tensor | None = None
+        self._kept: Any = None
+        self._again: Callable[[Tensor], bool] = _never
+        if (extension := kept_calls()) is not None:
+            self._kept = extension.Additions()
+            self._again = extension.Additions.function(self._kept)
         self.reset(empty_moments(width, device))
         self.touched = False
 
     def reset(self, moments: Tensor) -> None:
         """Go on from these moments, `[8, D]` fp64 contiguous."""
         self.moments, self.touched = moments, True
-        self._address = moments.data_ptr()
-        self._key = None
+        if self._kept is not None:
+            self._kept.forget()
 
     def clear(self) -> None:
         """Start again from nothing."""
@@ -55,21 +63,12 @@ class Accumulator:
     def add(self, x: Tensor) -> None:
         """Add the values of an activation, without waiting for its device.
 
-        The compiled kernel is called directly while shape, strides, dtype, threads and backends stay as they were when
-        the whole way was last taken; a lookup through the operator registry takes longer than a small activation.
+        A call of the compiled kernel is made again as it was while shape, strides, dtype, threads and backends stay the
+        same; a lookup through the operator registry takes longer than a small activation.
         """
         self.touched = True
-        if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu or transformed():
+        if torch.compiler.is_compiling() or not self._again(x):
             self._add(x)
-            return
-        key = (x.shape, x.stride(), x.dtype, torch.get_num_threads(), backends.choices("cpu"))
-        if key != self._key:
-            self._add(x)
-            self._remember(key, x)
-        elif self._kernel is None:
-            self._add(x)
-        else:
-            self._kernel(x.data_ptr(), self._address, *self._rest)
 
     def _dim(self, x: Tensor) -> int:
         return self.channel_dim if self.channel_dim is not None else 1 if x.dim() >= 4 else -1
@@ -81,12 +80,14 @@ class Accumulator:
         if x.dim() == 1:
             x = x.unsqueeze(0)
         channel_moments(x, eps=self.eps, channel_dim=self._dim(x), into=self.moments)
+        if not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cpu and not transformed():
+            self._keep(x)
 
-    def _remember(self, key: Any, x: Tensor) -> None:
-        self._key, self._kernel, self._rest = key, None, ()
-        if x.dim() < 2 or x.numel() == 0 or not self.moments.is_cpu:
+    def _keep(self, x: Tensor) -> None:
+        if self._kept is None or x.dim() < 2 or x.numel() == 0 or not self.moments.is_cpu:
             return
         launch = choose("channel_moments", x, x, self._dim(x))
         if launch.backend == "cpu" and launch.source is not None:
-            self._kernel = backends.extension().channel_moments
-            self._rest = (*launch.source, self.eps, 1, DTYPE_CODES[x.dtype], key[3])
+            places = (x.data_ptr(), self.moments.data_ptr())
+            how = (self.eps, 1, DTYPE_CODES[x.dtype], torch.get_num_threads())
+            self._kept.keep(x, backends.extension().channel_moments_packed, (*places, *launch.source, *how))

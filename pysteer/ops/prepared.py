@@ -32,11 +32,11 @@ def _never(*arguments: Any) -> None:
 
 
 @cache
-def _repeats() -> Any:
-    """The class of kept calls in the extension, told what to ask torch before a call is made again; None without."""
-    found = getattr(backends.extension(), "Repeats", None)
+def kept_calls() -> Any:
+    """The extension, told what to ask torch before a call is made again; None where calls cannot be kept."""
+    extension = backends.extension()
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if found is None or exchange is None:
+    if not hasattr(extension, "Repeats") or exchange is None:
         return None
     asked = [
         (torch._C._len_torch_dispatch_stack, None),  # 0
@@ -45,8 +45,8 @@ def _repeats() -> Any:
     ]
     plain = (Tensor, torch.empty_like, torch.is_grad_enabled, torch.get_num_threads)
     level = (vars(forward_ad), "_current_level", -1)
-    backends.extension().set_surroundings(exchange, *plain, backends.chosen(), asked, *level)
-    return found
+    extension.set_surroundings(exchange, *plain, backends.chosen(), asked, *level)
+    return extension
 
 
 class Prepared:
@@ -75,9 +75,9 @@ class Prepared:
         self._whole: set[Any] = set()
         self._kept = None
         self.again: Callable[..., Tensor | None] = _never
-        if _repeats() is not None:
-            self._kept = _repeats()(self._banks, given.get("channel_dim", -1))
-            self.again = _repeats().function(self._kept)
+        if (extension := kept_calls()) is not None:
+            self._kept = extension.Repeats(self._banks, given.get("channel_dim", -1))
+            self.again = extension.Repeats.function(self._kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy keeps calls of its own."""
