@@ -44,6 +44,18 @@ constexpr std::int32_t kCpu = 1;
 constexpr std::size_t kMostArguments = 48;
 constexpr std::size_t kMostEntries = 64;  // a loop over ever new shapes must not grow without end
 
+// The dispatch keys of a thread that are switched on and off (c10::impl::LocalDispatchKeySet): every mode, transform and
+// tracer of torch shows there.
+struct LocalKeys {
+    std::uint64_t included, excluded;
+    bool operator==(const LocalKeys& other) const {
+        return included == other.included && excluded == other.excluded;
+    }
+};
+using ReadKeys = LocalKeys (*)();
+
+constexpr std::size_t kMostCalm = 8;
+
 // What torch is asked before a call is repeated; given once by `set_surroundings`.
 struct Surroundings {
     const Exchange* exchange = nullptr;
@@ -52,6 +64,8 @@ struct Surroundings {
     std::vector<std::pair<py::object, py::object>> asked;  // functions, and what they return in plain code
     py::dict level_of;                                     // where forward mode keeps its level
     py::object level_name, level_none;
+    ReadKeys read_keys = nullptr;  // null where it is not known
+    std::vector<LocalKeys> calm;   // keys under which all questions were answered as in plain code
 };
 
 Surroundings* g_surroundings = nullptr;
@@ -71,8 +85,9 @@ int is_true(const py::object& function) {
     return truth;
 }
 
-// Whether nobody transforms, traces or records what torch does.
-bool nobody_watches() {
+// Whether all questions are answered as in plain code. Asking costs more than a small kernel when the code of the
+// answers has left the cache.
+bool asked_in_vain() {
     for (const auto& [function, usual] : g_surroundings->asked) {
         PyObject* answer = PyObject_CallNoArgs(function.ptr());
         if (!answer) throw py::error_already_set();
@@ -80,8 +95,22 @@ bool nobody_watches() {
         Py_DECREF(answer);
         if (!same) return false;
     }
+    return true;
+}
+
+// Whether nobody transforms, traces or records what torch does. Keys seen in plain code before answer all questions;
+// `learn` asks them anyway and remembers the keys.
+bool nobody_watches(bool learn = false) {
     PyObject* level = PyDict_GetItem(g_surroundings->level_of.ptr(), g_surroundings->level_name.ptr());
-    return level && PyObject_RichCompareBool(level, g_surroundings->level_none.ptr(), Py_EQ) == 1;
+    if (!level || PyObject_RichCompareBool(level, g_surroundings->level_none.ptr(), Py_EQ) != 1) return false;
+    if (!g_surroundings->read_keys) return asked_in_vain();
+    auto& calm = g_surroundings->calm;
+    const LocalKeys keys = g_surroundings->read_keys();
+    const bool known = std::find(calm.begin(), calm.end(), keys) != calm.end();
+    if (known && !learn) return true;
+    if (!asked_in_vain()) return false;
+    if (learn && !known && calm.size() < kMostCalm) calm.push_back(keys);
+    return true;
 }
 
 bool wants_grad(PyObject* tensor) {
@@ -134,7 +163,7 @@ std::unique_ptr<Entry> entry_of(PyObject* x, const py::capsule& kernel, const py
     PyObject* choices = choices_now();
     const void* packed = PyCapsule_GetPointer(kernel.ptr(), PackedKernel::kCapsule);
     if (!packed) throw py::error_already_set();
-    if (!choices || !look(x, view)) return nullptr;
+    if (!choices || !look(x, view) || !nobody_watches(true)) return nullptr;
     auto entry = std::make_unique<Entry>();
     entry->layout = layout_of(view);
     entry->code = view.code;
@@ -360,12 +389,18 @@ py::object function_of(py::object self, PyMethodDef* method) {
 
 void set_surroundings(py::capsule exchange, py::object tensor_type, py::object empty_like, py::object grad_enabled,
                       py::object threads, py::dict choices, std::vector<std::pair<py::object, py::object>> asked,
-                      py::dict level_of, py::object level_name, py::object level_none) {
+                      py::dict level_of, py::object level_name, py::object level_none, std::uintptr_t read_keys,
+                      std::uint64_t included, std::uint64_t excluded) {
     const auto* table = static_cast<const Exchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
     if (!table) throw py::error_already_set();
     if (table->major != 1 || !table->look) return;  // of another kind: calls are then not kept
     auto* next = new Surroundings{table,   tensor_type,      empty_like, grad_enabled, threads,
-                                  choices, std::move(asked), level_of,   level_name,   level_none};
+                                  choices, std::move(asked), level_of,   level_name,   level_none,
+                                  nullptr, {}};
+    if (read_keys) {  // taken only if it says what torch says
+        const auto function = reinterpret_cast<ReadKeys>(read_keys);
+        if (function() == LocalKeys{included, excluded}) next->read_keys = function;
+    }
     g_surroundings = next;  // never freed: a thread may be reading the former one, and there is one for a process
 }
 

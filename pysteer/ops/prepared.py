@@ -4,8 +4,10 @@ A public op looks at every argument and goes through the operator registry, whic
 token. A `Prepared` op does so once per table, shape, layout and dtype, and from then on calls the compiled kernel.
 """
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,17 @@ def _never(*arguments: Any) -> None:
     return
 
 
+def _local_keys() -> tuple[int, int, int]:
+    """Address of c10::impl::tls_local_dispatch_key_set, 0 if it is not found, and what it should return now."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    try:
+        c10 = ctypes.CDLL(str(Path(torch.__path__[0]) / "lib/libc10.so"))
+        found = ctypes.cast(c10["_ZN3c104impl29tls_local_dispatch_key_setEv"], ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):  # another system, or another torch
+        found = 0
+    return found, included.raw_repr(), excluded.raw_repr()
+
+
 @cache
 def kept_calls() -> Any:
     """The extension, told what to ask torch before a call is made again; None where calls cannot be kept."""
@@ -45,7 +58,7 @@ def kept_calls() -> Any:
     ]
     plain = (Tensor, torch.empty_like, torch.is_grad_enabled, torch.get_num_threads)
     level = (vars(forward_ad), "_current_level", -1)
-    extension.set_surroundings(exchange, *plain, backends.chosen(), asked, *level)
+    extension.set_surroundings(exchange, *plain, backends.chosen(), asked, *level, *_local_keys())
     return extension
 
 

@@ -1,10 +1,10 @@
 """Attach to modules of a live model and leave it as it was.
 
-The class of the target module is swapped for a cached subclass with the same name. Its `forward` and its `__call__` run
-the base class and then whatever is attached; with nothing attached they pass through. The module stays the same object,
-with the same children and state_dict keys. Two variants are needed because libraries such as accelerate put a `forward`
-on the instance, which hides that of the class; the `__call__` variant is used there. Forward hooks are not used: inside
-a compiled frame they are ignored.
+The class of the target module is swapped for a cached subclass with the same name. Its `forward` runs the base class
+and then whatever is attached; with nothing attached it passes through. The module stays the same object, with the same
+children and state_dict keys. Libraries such as accelerate put a `forward` on the instance, which hides that of the
+class; there a second subclass is used, whose `__call__` does it. Forward hooks are not used: inside a compiled frame
+they are ignored.
 
 What is attached is held in a tuple of plain objects and read by plain attribute access: a compiled graph guards that,
 but not the absence of a key in `module.__dict__`.
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from pysteer.errors import InputError, PysteerError
 from pysteer.steering.site import Site, did_you_mean
@@ -66,7 +67,7 @@ def _run_forward(base: type[nn.Module]) -> Callable[..., Any]:
     traced = base.forward  # a graph cannot look it up in a class that is allowed in graphs, as those of diffusers are
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = traced if torch.compiler.is_compiling() else base.forward
+        run = traced if is_compiling() else base.forward
         output = run(self, *args, **kwargs)
         # The default serves a bound method that outlives the swap (a compiled child, a hook that was removed).
         for applier, element in getattr(self, "_steer_fwd", ()):
@@ -80,7 +81,7 @@ def _run_call(base: type[nn.Module]) -> Callable[..., Any]:
     traced = base.__call__
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        run = traced if torch.compiler.is_compiling() else base.__call__
+        run = traced if is_compiling() else base.__call__
         output = run(self, *args, **kwargs)
         for applier, element in getattr(self, "_steer_call", ()):
             output = _replaced(output, applier, element)
@@ -160,15 +161,12 @@ def _steered_class(base: type[nn.Module]) -> type[nn.Module]:
     if known is not None:
         return known
     namespace: dict[str, Any] = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
+        **_names(base),
         "_steer_base": base,
         "_steer_fwd": (),
         "_steer_call": (),
         # In the namespace, not set afterwards: transformers wraps it there for gradient checkpointing.
         "forward": _run_forward(base),
-        "__call__": _run_call(base),
         "_apply": _follow_device(base),
         "__reduce_ex__": _plain_reduce(base),
         "__deepcopy__": _plain_deepcopy(base),
@@ -179,10 +177,32 @@ def _steered_class(base: type[nn.Module]) -> type[nn.Module]:
     return steered
 
 
-def _swap_class(module: nn.Module) -> None:
+def _calling_class(steered: type[nn.Module]) -> type[nn.Module]:
+    """The subclass whose `__call__` steers too; apart, because a `__call__` in Python makes every call slower."""
+    known = steered.__dict__.get("_steer_calling")
+    if known is not None:
+        return known
+    # What stands on top of a steered class, such as that of a parametrized module, is what the module goes back to.
+    base = steered.__dict__.get("_steer_base", steered)
+    namespace = {**_names(steered), "_steer_base": base, "_steer_calls": True, "__call__": _run_call(steered)}
+    metaclass: Any = type(steered)
+    calling = metaclass(steered.__name__, (steered,), namespace)
+    steered._steer_calling = calling  # type: ignore[attr-defined]
+    return calling
+
+
+def _names(base: type[nn.Module]) -> dict[str, Any]:
+    return {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+
+
+def _swap_class(module: nn.Module, key: str) -> None:
+    own = type(module)
     # With a steered class anywhere among the bases (FSDP or parametrize on top), swapping again would steer twice.
-    if not hasattr(type(module), "_steer_base"):
-        object.__setattr__(module, "__class__", _steered_class(type(module)))
+    wanted = own if hasattr(own, "_steer_base") else _steered_class(own)
+    if key == "_steer_call" and not hasattr(wanted, "_steer_calls"):
+        wanted = _calling_class(wanted)
+    if wanted is not own:
+        object.__setattr__(module, "__class__", wanted)
 
 
 def _restore_class(module: nn.Module) -> None:
@@ -198,7 +218,7 @@ def _get(module: nn.Module, key: str) -> tuple[Any, ...]:
 def _set(module: nn.Module, key: str, entries: tuple[Any, ...]) -> None:
     # Not setattr: OptimizedModule passes that on to the module it wraps.
     if entries:
-        _swap_class(module)
+        _swap_class(module, key)
         module.__dict__[key] = entries
         return
     module.__dict__.pop(key, None)
@@ -307,7 +327,7 @@ class Attachment:
             if outer not in point.holders:
                 point.holders.append(outer)
             if not hasattr(type(point.module), "_steer_base") and _get(point.module, "_steer_fwd"):
-                _swap_class(point.module)  # somebody put the original class back
+                _swap_class(point.module, "_steer_fwd")  # somebody put the original class back
             _settle(outer)
 
     def detach(self) -> None:

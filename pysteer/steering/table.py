@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pysteer.errors import InputError, PysteerError
 from pysteer.ops.prepared import count_at
@@ -105,7 +106,7 @@ class Table:
         Raises:
             PysteerError: the number of rows is not the one announced (checked in eager code only).
         """
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if not compiling and self.mask is None and self.rows is not None:
             y = self.call.again(x, self.slot, self.strength, self.clock, self.span, self.visits, self.rows, _CALL)
             if y is not None:
