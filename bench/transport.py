@@ -4,6 +4,7 @@
     python -m bench.transport fits
     python -m bench.transport memory
     python -m bench.transport concepts results/act-text-*     # keeps the figures of runs of act-text
+    python -m bench.transport concepts --add FOLDERS          # beside those that are stored
     python -m bench.transport table                           # prints what is stored and puts it into docs/act.md
 
 SmolLM2-135M with its real weights, one thread. The loop does what the published pipeline does: for every strength it
@@ -217,6 +218,16 @@ def concepts(folders: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def beside_stored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the newest stored result, each with where and when it was measured, and `rows` behind them."""
+    kept: list[dict[str, Any]] = []
+    for entry in stored("transport"):
+        if entry["what"] == "concepts":
+            where = {"processor": entry["machine"]["processor"], "date": entry["date"]}
+            kept = [{**where, **row} for row in entry["result"]]  # a row that was kept before says itself where
+    return [*kept, *rows]
+
+
 def _rate(found: dict[str, float]) -> str:
     return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
@@ -226,7 +237,8 @@ def _concept_lines(rows: list[dict[str, Any]]) -> list[str]:
         "| concept | unsteered, % | steered, % | perplexity, x unsteered | tokens | setting | settings searched |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    order = list(dict.fromkeys(row["task"] for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row["task"])):
         best, before = row["headline"]["best"], row["headline"]["unsteered"]
         ratio = (
             f"{best['perplexity_ratio']:.2f} [{best['perplexity_ratio_low']:.2f}, {best['perplexity_ratio_high']:.2f}]"
@@ -243,12 +255,26 @@ def _concept_lines(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _places(entry: dict[str, Any]) -> str:
+    """Which rows of a stored result were measured elsewhere than most of them."""
+    own = entry["machine"]["processor"]
+    processors = [row.get("processor", own) for row in entry["result"]]
+    most = statistics.mode(processors)
+    found: dict[str, list[str]] = {}
+    for row, processor in zip(entry["result"], processors, strict=True):
+        if processor != most:
+            tokens = row["config"]["generation"]["new_seq_len"]
+            found.setdefault(processor, []).append(f"{row['task']} with {tokens} tokens")
+    parts = [f"{', '.join(rows)} on {name}" for name, rows in found.items()]
+    return f"Measured elsewhere than the rest: {'; '.join(parts)}." if parts else ""
+
+
 def table() -> str:
     """The newest stored result of each kind as Markdown."""
     newest = {entry["what"]: entry for entry in stored("transport")}
     lines: list[str] = []
     if "concepts" in newest:
-        lines += [*_concept_lines(newest["concepts"]["result"]), ""]
+        lines += [*_concept_lines(newest["concepts"]["result"]), _places(newest["concepts"]), ""]
     if "sweep" in newest:
         r = newest["sweep"]["result"]
         lines.append(
@@ -303,15 +329,17 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=60)
     parser.add_argument("--texts", type=int, default=500, help="per class")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--add", action="store_true", help="keep the stored rows of `concepts` beside the new ones")
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     if asked.what == "table":
         print(table())
         write_table(RESULTS.parent.parent / "docs" / "act.md")
         return
     if asked.what == "concepts":
-        found: Any = concepts(asked.folders)
+        rows = concepts(asked.folders)
+        found: Any = beside_stored(rows) if asked.add else rows
     else:
         lm = loaded(asked.model, getattr(torch, asked.dtype))
         if asked.what == "sweep":
