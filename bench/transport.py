@@ -269,20 +269,27 @@ def _places(entry: dict[str, Any]) -> str:
     return f"Measured elsewhere than the rest: {'; '.join(parts)}." if parts else ""
 
 
+def _sweep_line(entry: dict[str, Any]) -> str:
+    """What a sweep in one batch is over the loop, and how many texts are the same."""
+    r = entry["result"]
+    dtype = r["dtype"].removeprefix("torch.")
+    loop = "prompt after prompt" if r["loop_batch"] == 1 else f"{r['loop_batch']} prompts at a time"
+    return (
+        f"- {r['strengths']} strengths x {r['prompts']} prompts x {r['tokens']} tokens: {r['speedup_cpu']:.1f} x a "
+        f"loop that rebuilds 60 hooks per strength, {loop} (process time, 1 thread, {dtype}, "
+        f"{entry['machine']['processor']}; {100 * r['same_text']:.0f} % of texts are equal to the loop's, "
+        f"{100 * r['same_text_at_0']:.0f} % at strength 0)."
+    )
+
+
 def table() -> str:
     """The newest stored result of each kind as Markdown."""
     newest = {entry["what"]: entry for entry in stored("transport")}
     lines: list[str] = []
     if "concepts" in newest:
         lines += [*_concept_lines(newest["concepts"]["result"]), _places(newest["concepts"]), ""]
-    if "sweep" in newest:
-        r = newest["sweep"]["result"]
-        lines.append(
-            f"- {r['strengths']} strengths x {r['prompts']} prompts x {r['tokens']} tokens: {r['speedup_cpu']:.1f} x "
-            f"a loop that rebuilds 60 hooks per strength, {r['loop_batch']} prompts at a time (process time, 1 thread, "
-            f"{r['dtype'].removeprefix('torch.')}; {100 * r['same_text']:.0f} % of texts are equal to the loop's, "
-            f"{100 * r['same_text_at_0']:.0f} % at strength 0)."
-        )
+    sweeps = {(e["result"]["dtype"], e["result"]["loop_batch"]): e for e in stored("transport") if e["what"] == "sweep"}
+    lines += [_sweep_line(entry) for entry in sweeps.values()]
     if "fits" in newest:
         r = newest["fits"]["result"]
         lines.append(

@@ -59,7 +59,8 @@ def rate_and_cost(
         bottom.set_ylim(0.0, top_cost)
         bottom.set_xlabel("strength", fontsize=8.5, color=colours.soft)
     axes[0, 0].set_ylabel(rate_name, fontsize=9, color=colours.soft)
-    axes[1, 0].set_ylabel(cost_name, fontsize=9, color=colours.soft)
+    # The lower row is short: a name of several parts takes a line for each.
+    axes[1, 0].set_ylabel(cost_name.replace(", ", ",\n"), fontsize=9, color=colours.soft)
     return drawn(figure, [
         {"curve": curve.label, "strength": point.strength, **_rate("rate", point.rate), "cost": point.cost[1],
          "cost_low": point.cost[0], "cost_high": point.cost[2], "used": point.strength == curve.chosen}
