@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bench.serving import ANSWER
+
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("PYSTEER_PEERS", ROOT / ".peers"))
 CLOSE = 0.05  # of the change that steering should make: how far a contender may be from it
@@ -109,8 +111,11 @@ class Contender:
     def hear(self) -> dict[str, Any]:
         """The answer to the last command; a failure refuses the contender."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"failed": "its process ended"}
+        answer: dict[str, Any] = {"failed": "its process ended"}
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                answer = json.loads(line.removeprefix(ANSWER))
+                break
         if "failed" in answer:
             self.refused = self.refused or answer["failed"]
         return answer

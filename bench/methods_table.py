@@ -69,12 +69,18 @@ def store(folder: Path) -> None:
 
 
 def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest stored run of every generator."""
-    return list({result["generator"]: result for result in results}.values())
+    """Of every generator and pair the rows of the newest stored run that has them, one result a run, oldest first."""
+    last = {(result["generator"], row["pair"]): result for result in results for row in result["rows"]}
+    kept = [
+        {**result, "rows": [row for row in result["rows"] if last[result["generator"], row["pair"]] is result]}
+        for result in results
+    ]
+    order = list(dict.fromkeys(result["generator"] for result in results))
+    return sorted((result for result in kept if result["rows"]), key=lambda result: order.index(result["generator"]))
 
 
 def main() -> None:
-    """Store a run, or print the newest stored run of every generator."""
+    """Store a run, or print the newest stored rows of every generator and pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("store", "print"), nargs="?", default="print")
     parser.add_argument("folder", type=Path, nargs="?", help="run folder, for `store`")

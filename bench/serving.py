@@ -1,7 +1,7 @@
 """The side of a contender: prepares a piece of work when told, does it once per round, and says how long it took.
 
 A contender is a process of its own, so that neither its imports, nor its compiled graphs, nor its allocator touch those
-of another. It reads one command a line and answers one line of JSON:
+of another. It reads one command a line and answers one line, `answer` and JSON:
 
     prepare WORK FILE     make everything ready, write what comes out into FILE (safetensors, `output`)
     round                 do the work once: seconds
@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+ANSWER = "answer "  # begins every answer: packages print lines of their own while they are imported
 
 
 @dataclass
@@ -147,7 +149,7 @@ def serve(prepare: Callable[[str], Prepared]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
     def say(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
+        answers.write(f"{ANSWER}{json.dumps(message)}\n")
         answers.flush()
 
     Server(prepare, say).serve(sys.stdin)

@@ -48,6 +48,9 @@ def line(row: Row) -> str:
     )
 
 
+UNSTEERED = ("unsteered", "the activation itself")  # how the names of contenders begin that change nothing
+
+
 def not_fastest(rows: list[Row]) -> list[str]:
     """For every work where something that steers was faster than pysteer beyond the quartiles: which, by how much."""
     found = []
@@ -58,7 +61,7 @@ def not_fastest(rows: list[Row]) -> list[str]:
             found.append(f"{work}: pysteer has no time")
             continue
         for row in timed:
-            rival = not row.get("ours") and not row["contender"].startswith("unsteered")
+            rival = not row.get("ours") and not row["contender"].startswith(UNSTEERED)
             if rival and row["ratio"] < ours["ratio"]:
                 sure = row["ratio_quartiles"][1] < ours["ratio_quartiles"][0]
                 how = "" if sure else ", within the spread"

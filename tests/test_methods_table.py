@@ -35,6 +35,13 @@ def test_rows_stand_pair_by_pair_and_the_good_ones_are_bold():
     assert "144 fresh prompts" in lines[-1]
 
 
-def test_the_newest_run_of_every_generator():
-    results = [{"generator": "a", "n": 1}, {"generator": "b", "n": 2}, {"generator": "a", "n": 3}]
-    assert [result["n"] for result in methods_table.newest(results)] == [3, 2]
+def test_the_newest_rows_of_every_generator_and_pair():
+    def run(generator: str, number: int, *pairs: str) -> dict[str, object]:
+        return {"generator": generator, "n": number, "rows": [{"pair": pair} for pair in pairs]}
+
+    found = methods_table.newest([run("a", 1, "x", "y"), run("b", 2, "x"), run("a", 3, "x"), run("b", 4, "x")])
+    assert [(result["n"], [row["pair"] for row in result["rows"]]) for result in found] == [
+        (1, ["y"]),
+        (3, ["x"]),
+        (4, ["x"]),
+    ]

@@ -47,6 +47,16 @@ def test_processes_in_turn_and_only_the_right_ones_have_a_time(tmp_path):
     assert (tmp_path / "profiles/work/right/trace.json").is_file()
 
 
+def test_what_a_package_prints_while_it_is_imported_is_no_answer(tmp_path):
+    entries = [
+        Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in ("unsteered", "plain")
+    ]
+    entries.append(Entry("talks", "tests.bench.talking_work", "right"))
+    rows = contest(entries, "work", tmp_path, rounds=1, base="unsteered", say=lambda text: None, side_by_side=3)
+    assert [row.get("refused") for row in rows] == [None, None, None]
+    assert "ratio" in rows[2]
+
+
 def test_a_failing_reference_refuses_everybody(tmp_path):
     entries = [Entry(kind, "tests.bench.fake_work", kind) for kind in ("unsteered", "breaks", "right")]
     rows = contest(entries, "work", tmp_path, rounds=1, base="unsteered", say=lambda text: None, side_by_side=3)
@@ -80,7 +90,8 @@ def test_tables_say_where_pysteer_is_not_the_fastest():
     clear = {**ROW, "contender": "other", "ratio": 0.9, "ratio_quartiles": [0.89, 0.91]}
     slow = {**ROW, "contender": "slow", "ratio": 2.0}
     plain = {**ROW, "contender": "unsteered, eager", "ratio": 0.5}
-    found = not_fastest([ours, close, clear, slow, plain])
+    itself = {**ROW, "contender": "the activation itself", "ratio": 0.1}
+    found = not_fastest([ours, close, clear, slow, plain, itself])
     assert found == ["w: hooks 1.020 against 1.050, within the spread", "w: other 0.900 against 1.050"]
     refused = {"work": "w", "contender": "pysteer", "ours": True, "refused": "the output did not change"}
     assert not_fastest([refused, slow]) == ["w: pysteer has no time"]
