@@ -5,6 +5,7 @@
     python -m bench.transport memory
     python -m bench.transport concepts results/act-text-*     # keeps the figures of runs of act-text
     python -m bench.transport concepts --add FOLDERS          # beside those that are stored
+    python -m bench.transport methods results/six-music       # keeps a comparison of methods, the newest of a concept
     python -m bench.transport table                           # prints what is stored and puts it into docs/act.md
 
 SmolLM2-135M with its real weights, one thread. The loop does what the published pipeline does: for every strength it
@@ -34,6 +35,7 @@ from pysteer import files
 from pysteer.capture.fitted import Fitted
 from pysteer.data.concepts import concept_sentences, openings
 from pysteer.data.tasks import Task
+from pysteer.errors import InputError
 from pysteer.methods import GaussianTransport, LinearAcT, MeanDifference
 from pysteer.models.language import LanguageModel, smollm2
 from pysteer.recipes.transport.decoder import Request, RowDecoder, in_order
@@ -218,6 +220,38 @@ def concepts(folders: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def methods(folders: list[str]) -> list[dict[str, Any]]:
+    """What each method of a run that compares some reaches at its best strength."""
+    if len(folders) != 1:
+        raise InputError("run folders", value=folders, allowed="one, of act-text with several methods")
+    row = concepts(folders)[0]
+    return [{**row, "unsteered": row["headline"]["unsteered"]}]
+
+
+def _method_lines(row: dict[str, Any]) -> list[str]:
+    """One line a method: its best strength, rate and perplexity."""
+    lines = [
+        f"| {row['task']}: method | place | strength | texts about it, % | perplexity, x unsteered |",
+        "|---|---|---|---|---|",
+    ]
+    for found in row["methods"]:
+        ratio = (
+            f"{found['perplexity_ratio']:.2f} "
+            f"[{found['perplexity_ratio_low']:.2f}, {found['perplexity_ratio_high']:.2f}]"
+        )
+        name = found["method"].replace("_", " ") + ("" if found["readable"] else " (no strength is readable)")
+        lines.append(
+            f"| {name} | {found['place']} | {found['strength']:g} | {_rate(found['concept_rate'])} | {ratio} |"
+        )
+    before = row["unsteered"]["concept_rate"]
+    lines += [
+        "",
+        f"{before['n']} texts per strength, unsteered {_rate(before)} %; of every method the strength with most texts "
+        "about the concept below the bar of perplexity; 95 % intervals.",
+    ]
+    return lines
+
+
 def beside_stored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of the newest stored result, each with where and when it was measured, and `rows` behind them."""
     kept: list[dict[str, Any]] = []
@@ -288,6 +322,9 @@ def table() -> str:
     lines: list[str] = []
     if "concepts" in newest:
         lines += [*_concept_lines(newest["concepts"]["result"]), _places(newest["concepts"]), ""]
+    compared = {entry["result"][0]["task"]: entry for entry in stored("transport") if entry["what"] == "methods"}
+    for entry in compared.values():
+        lines += [*_method_lines(entry["result"][0]), ""]
     sweeps = {(e["result"]["dtype"], e["result"]["loop_batch"]): e for e in stored("transport") if e["what"] == "sweep"}
     lines += [_sweep_line(entry) for entry in sweeps.values()]
     if "fits" in newest:
@@ -322,8 +359,8 @@ def write_table(path: Path) -> None:
 def main() -> None:
     """Run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "fits", "memory", "concepts", "table"))
-    parser.add_argument("folders", nargs="*", help="run folders of act-text, for `concepts`")
+    parser.add_argument("what", choices=("sweep", "fits", "memory", "concepts", "methods", "table"))
+    parser.add_argument("folders", nargs="*", help="run folders of act-text, for `concepts` and `methods`")
     parser.add_argument("--model", default="smollm2", help="smollm2, or a folder that holds it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--prompts", type=int, default=4)
@@ -347,6 +384,8 @@ def main() -> None:
     if asked.what == "concepts":
         rows = concepts(asked.folders)
         found: Any = beside_stored(rows) if asked.add else rows
+    elif asked.what == "methods":
+        found = methods(asked.folders)
     else:
         lm = loaded(asked.model, getattr(torch, asked.dtype))
         if asked.what == "sweep":
