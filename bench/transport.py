@@ -221,15 +221,15 @@ def concepts(folders: list[str]) -> list[dict[str, Any]]:
 
 
 def methods(folders: list[str]) -> list[dict[str, Any]]:
-    """What each method of a run that compares some reaches at its best strength."""
+    """What each method of a run that compares some reaches at each strength."""
     if len(folders) != 1:
         raise InputError("run folders", value=folders, allowed="one, of act-text with several methods")
     row = concepts(folders)[0]
     return [{**row, "unsteered": row["headline"]["unsteered"]}]
 
 
-def _method_lines(row: dict[str, Any]) -> list[str]:
-    """One line a method: its best strength, rate and perplexity."""
+def _method_lines(row: dict[str, Any], processor: str) -> list[str]:
+    """One line a method and strength: rate and perplexity."""
     lines = [
         f"| {row['task']}: method | place | strength | texts about it, % | perplexity, x unsteered |",
         "|---|---|---|---|---|",
@@ -239,15 +239,15 @@ def _method_lines(row: dict[str, Any]) -> list[str]:
             f"{found['perplexity_ratio']:.2f} "
             f"[{found['perplexity_ratio_low']:.2f}, {found['perplexity_ratio_high']:.2f}]"
         )
-        name = found["method"].replace("_", " ") + ("" if found["readable"] else " (no strength is readable)")
+        name = found["method"].replace("_", " ") + ("" if found["readable"] else " (not readable)")
         lines.append(
             f"| {name} | {found['place']} | {found['strength']:g} | {_rate(found['concept_rate'])} | {ratio} |"
         )
     before = row["unsteered"]["concept_rate"]
     lines += [
         "",
-        f"{before['n']} texts per strength, unsteered {_rate(before)} %; of every method the strength with most texts "
-        "about the concept below the bar of perplexity; 95 % intervals.",
+        f"{before['n']} texts per strength, unsteered {_rate(before)} %; 95 % intervals. Not readable: perplexity "
+        f"above the bar of the run, 1.5 times that of unsteered texts where nothing else is asked for. {processor}.",
     ]
     return lines
 
@@ -324,7 +324,7 @@ def table() -> str:
         lines += [*_concept_lines(newest["concepts"]["result"]), _places(newest["concepts"]), ""]
     compared = {entry["result"][0]["task"]: entry for entry in stored("transport") if entry["what"] == "methods"}
     for entry in compared.values():
-        lines += [*_method_lines(entry["result"][0]), ""]
+        lines += [*_method_lines(entry["result"][0], entry["machine"]["processor"]), ""]
     sweeps = {(e["result"]["dtype"], e["result"]["loop_batch"]): e for e in stored("transport") if e["what"] == "sweep"}
     lines += [_sweep_line(entry) for entry in sweeps.values()]
     if "fits" in newest:

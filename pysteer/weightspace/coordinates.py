@@ -56,6 +56,7 @@ def coordinates(features: Features, split: Split, keep: int | None = None) -> Co
             cross.append(block - block.mean(1, keepdim=True) - column + inner.mean())
     values, vectors = torch.linalg.eigh(gram)
     good = values > 1e-9 * values[-1].clamp_min(1e-300)
+    good[:1] = False  # centred values have no length along (1, ..., 1); what fp32 products leave there is noise
     values, vectors = values[good].flip(0), vectors[:, good].flip(1)
     if keep is not None:
         values, vectors = values[:keep], vectors[:, :keep]

@@ -34,9 +34,9 @@ def _run(folder: Path) -> Path:
 
 def test_every_method_has_a_line(tmp_path: Path):
     row = transport.methods([str(_run(tmp_path / "run"))])[0]
-    lines = transport._method_lines(row)
+    lines = transport._method_lines(row, "a processor")
     assert lines[2] == "| mean difference | block.14 | 2.5 | 50.0 [25.0, 75.0] | 1.25 [1.15, 1.35] |"
-    assert lines[3].startswith("| aura (no strength is readable) | block.14 | 1 | 0.0 [0.0, 50.0] | 3.00")
+    assert lines[3].startswith("| aura (not readable) | block.14 | 1 | 0.0 [0.0, 50.0] | 3.00")
     assert "40 texts per strength, unsteered 25.0 [12.5, 62.5] %" in lines[-1]
 
 

@@ -76,7 +76,8 @@ def test_transformer_layouts_give_the_same_model(layout: str, state: dict[str, T
     text, inputs = case.texts(CONFIG, (4,), 1), case.normal(2, (1, CONFIG.tokens - 1, CONFIG.bits))
     with torch.no_grad():
         got = model(text, inputs, CONFIG.scales)
-    assert torch.equal(got, logits(CONFIG, state))
+    # Not to the bit: where weights lie in memory decides which kernels a BLAS takes.
+    torch.testing.assert_close(got, logits(CONFIG, state), rtol=1e-4, atol=1e-5)
     assert made.parameters == sum(p.numel() for p in model.parameters())
 
 

@@ -41,6 +41,9 @@ def test_plain_torch_agrees_with_fp64(op: str, variant: str, sizes: dict[str, in
         check_general(op, variant, case, backend_name="reference")
 
 
+BY_BLAS = ("quadratic_distance",)  # whose products a BLAS may make, which on some processors depend on the threads
+
+
 @pytest.mark.skipif(not CPU_IS_LIVE, reason="the compiled extension is not built")
 @each_entry
 def test_threads_do_not_change_the_result(op: str, variant: str, sizes: dict[str, int]) -> None:
@@ -55,7 +58,10 @@ def test_threads_do_not_change_the_result(op: str, variant: str, sizes: dict[str
         results.append(tensors_of(spec.function(**inputs)))
     torch.set_num_threads(before)
     for one, three in zip(*results, strict=True):
-        assert torch.equal(bits(one), bits(three))
+        if op in BY_BLAS:
+            torch.testing.assert_close(one, three, rtol=1e-5, atol=0)
+        else:
+            assert torch.equal(bits(one), bits(three))
 
 
 @each_entry
