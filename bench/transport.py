@@ -224,8 +224,7 @@ def methods(folders: list[str]) -> list[dict[str, Any]]:
     """What each method of a run that compares some reaches at each strength."""
     if len(folders) != 1:
         raise InputError("run folders", value=folders, allowed="one, of act-text with several methods")
-    row = concepts(folders)[0]
-    return [{**row, "unsteered": row["headline"]["unsteered"]}]
+    return concepts(folders)
 
 
 def _method_lines(row: dict[str, Any], processor: str) -> list[str]:
@@ -235,15 +234,11 @@ def _method_lines(row: dict[str, Any], processor: str) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for found in row["methods"]:
-        ratio = (
-            f"{found['perplexity_ratio']:.2f} "
-            f"[{found['perplexity_ratio_low']:.2f}, {found['perplexity_ratio_high']:.2f}]"
-        )
         name = found["method"].replace("_", " ") + ("" if found["readable"] else " (not readable)")
         lines.append(
-            f"| {name} | {found['place']} | {found['strength']:g} | {_rate(found['concept_rate'])} | {ratio} |"
+            f"| {name} | {found['place']} | {found['strength']:g} | {_rate(found['concept_rate'])} | {_ratio(found)} |"
         )
-    before = row["unsteered"]["concept_rate"]
+    before = row["headline"]["unsteered"]["concept_rate"]
     lines += [
         "",
         f"{before['n']} texts per strength, unsteered {_rate(before)} %; 95 % intervals. Not readable: perplexity "
@@ -266,6 +261,11 @@ def _rate(found: dict[str, float]) -> str:
     return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
 
 
+def _ratio(found: dict[str, float]) -> str:
+    low, high = found["perplexity_ratio_low"], found["perplexity_ratio_high"]
+    return f"{found['perplexity_ratio']:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def _concept_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| concept | unsteered, % | steered, % | perplexity, x unsteered | tokens | setting | settings searched |",
@@ -274,13 +274,10 @@ def _concept_lines(rows: list[dict[str, Any]]) -> list[str]:
     order = list(dict.fromkeys(row["task"] for row in rows))
     for row in sorted(rows, key=lambda row: order.index(row["task"])):
         best, before = row["headline"]["best"], row["headline"]["unsteered"]
-        ratio = (
-            f"{best['perplexity_ratio']:.2f} [{best['perplexity_ratio_low']:.2f}, {best['perplexity_ratio_high']:.2f}]"
-        )
         setting = f"{best['method'].replace('_', ' ')}, {best['place']}, strength {best['strength']:g}"
         if steered_new := row["config"]["method"]["steered_new"]:
             setting += f", first {steered_new} tokens"
-        rates = f"{_rate(before['concept_rate'])} | {_rate(best['concept_rate'])} | {ratio}"
+        rates = f"{_rate(before['concept_rate'])} | {_rate(best['concept_rate'])} | {_ratio(best)}"
         tokens = row["config"]["generation"]["new_seq_len"]
         lines.append(f"| {row['task']} | {rates} | {tokens} | {setting} | {row['search']} |")
     count = rows[0]["headline"]["best"]["concept_rate"]["n"]

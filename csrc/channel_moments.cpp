@@ -262,8 +262,8 @@ std::uint32_t near_bits(float eps, DType dtype) {
 }
 
 int channel_moments(std::uintptr_t x, std::uintptr_t out, std::int64_t rows, std::int64_t tokens, std::int64_t width,
-                     std::int64_t x_row, std::int64_t x_token, std::int64_t x_channel, double eps,
-                     std::int64_t accumulate, std::int64_t dtype, std::int64_t threads) {
+                    std::int64_t x_row, std::int64_t x_token, std::int64_t x_channel, double eps,
+                    std::int64_t accumulate, std::int64_t dtype, std::int64_t threads) {
     const py::gil_scoped_release release;
     const DType type = DType(dtype);
     Moments moments;
