@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from bench.serving import ANSWER
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("PYSTEER_PEERS", ROOT / ".peers"))
+ENOUGH = 3  # rounds that a median and quartiles need
+PATIENCE = 60.0  # seconds of rounds that a work of the suite gets, unless those that are needed take longer
 CLOSE = 0.05  # of the change that steering should make: how far a contender may be from it
 Say = Callable[[str], None]
 
@@ -55,6 +60,10 @@ class Entry:
         if self.package and not (PEERS / self.package / "complete").is_file():
             return f"{self.package} is not installed: scripts/peers.sh {self.package}"
         return ""
+
+    def takes(self, work: str) -> bool:
+        """Whether it takes part in a work."""
+        return not self.works or work in self.works
 
     def command(self, folder: Path) -> list[str]:
         """What is run."""
@@ -195,55 +204,97 @@ def row_of(each: Contender, base: Contender, work: str) -> dict[str, Any]:
         "ratio": statistics.median(ratios),
         "ratio_quartiles": quartiles(ratios),
         "rounds": len(ratios),
-        **{name: each.facts.get(name) for name in ("graph_breaks", "recompiles", "peak_bytes", "calls")},
+        **{name: each.facts.get(name) for name in ("graph_breaks", "recompiles", "peak_bytes", "calls", "syncs")},
     }
 
 
-def contest(
-    entries: Sequence[Entry], work: str, folder: Path, *, rounds: int, base: str, say: Say = print,
-    threads: int = 1, side_by_side: int = 2, profile: Path | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Let all do one work, round after round in alternating order; a row each.
+@dataclass
+class Field:
+    """Who takes part: processes that were started once and do one work after another.
+
+    Attributes:
+        contenders: those that run. The first is the plain model and the second the plain formulas, both eager.
+        absent: those that cannot take part.
+        folder: of outputs and logs.
+    """
+
+    contenders: list[Contender]
+    absent: list[Entry]
+    folder: Path
+
+
+@contextmanager
+def running(entries: Sequence[Entry], folder: Path, threads: int = 1) -> Iterator[Field]:
+    """Start the processes of all who can take part, and end them.
 
     Args:
         entries: who takes part. The first is the plain model and the second the plain formulas, both eager.
-        work: name of the work.
         folder: for outputs and logs.
-        rounds: how often each does it after one round that does not count.
-        base: name of the contender that ratios are taken to, within a round.
-        say: told what happens.
         threads: per contender.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    present = [entry for entry in entries if not entry.missing()]
+    started: list[Contender] = []
+    try:
+        started += (start(entry, folder, threads) for entry in present)
+        yield Field(started, [entry for entry in entries if entry.missing()], folder)
+    finally:
+        for each in started:
+            each.stop()
+
+
+def take_turns(timed: Sequence[Contender], rounds: int, patience: float) -> None:
+    """Time all, round after round in alternating order; the first round does not count.
+
+    Args:
+        timed: who takes part.
+        rounds: how many are counted at most.
+        patience: seconds after which no further round begins, once there are `ENOUGH`.
+    """
+    start = time.monotonic()
+    for number in range(rounds + 1):
+        if number > ENOUGH and time.monotonic() - start > patience:
+            break
+        for each in timed if number % 2 else timed[::-1]:
+            each.ask("round")
+            seconds = each.hear().get("seconds")
+            if number and seconds is not None:
+                each.seconds.append(seconds)
+
+
+def contest(
+    field: Field, work: str, *, rounds: int, base: str, patience: float = math.inf, say: Say = print,
+    side_by_side: int = 2, profile: Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Let all do one work; a row each.
+
+    Args:
+        field: who takes part.
+        work: name of the work.
+        rounds: how often each does it at most, after one round that does not count.
+        base: name of the contender that ratios are taken to, within a round.
+        patience: seconds after which no further round begins, once there are `ENOUGH`.
+        say: told what happens.
         side_by_side: how many may prepare at the same time.
         profile: folder for a trace and a list of calls of each contender, None for none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    taking = [entry for entry in entries if not entry.works or work in entry.works]
-    absent = [entry for entry in taking if entry.missing()]
-    field = [start(entry, folder, threads) for entry in taking if not entry.missing()]
-    try:
-        prepare(field, work, side_by_side)
-        judge(field)
-        for each in field:
-            say(f"{work}: {each.entry.name}: {each.refused or 'ready'}")
-        timed = [each for each in field if not each.refused]
-        for number in range(rounds + 1):
-            for each in timed if number % 2 else timed[::-1]:
-                each.ask("round")
-                seconds = each.hear().get("seconds")
-                if number and seconds is not None:
-                    each.seconds.append(seconds)
-        for each in timed:
-            slug = each.output.stem
-            each.ask(f"profile {(profile or folder / 'profiles') / work / slug}")
-            each.facts |= {name: value for name, value in each.hear().items() if name == "calls"}
-            each.ask("end")
-            each.facts |= each.hear()
-    finally:
-        for each in field:
-            each.stop()
-    first = next((each for each in field if each.entry.name == base), None)
+    taking = [each for each in field.contenders if each.entry.takes(work)]
+    first = next((each for each in taking if each.entry.name == base), None)
     if first is None:
         raise ValueError(f"{base} takes no part in {work}")
-    rows = [row_of(each, first, work) for each in field]
-    missing = [{"work": work, "contender": e.name, "ours": e.ours, "refused": e.missing()} for e in absent]
-    return rows + missing
+    for each in taking:
+        each.refused, each.seconds, each.facts = "", [], {}
+    prepare(taking, work, side_by_side)
+    judge(taking)
+    for each in taking:
+        say(f"{work}: {each.entry.name}: {each.refused or 'ready'}")
+    timed = [each for each in taking if not each.refused]
+    take_turns(timed, rounds, patience)
+    for each in timed:
+        each.ask("end")
+        each.facts |= each.hear()
+        each.ask(f"profile {(profile or field.folder / 'profiles') / work / each.output.stem}")
+        each.facts |= {name: value for name, value in each.hear().items() if name in ("calls", "syncs")}
+    rows = [row_of(each, first, work) for each in taking]
+    absent = [entry for entry in field.absent if entry.takes(work)]
+    return rows + [{"work": work, "contender": e.name, "ours": e.ours, "refused": e.missing()} for e in absent]

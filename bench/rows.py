@@ -2,15 +2,16 @@
 
     python -m bench.rows --rounds 9
 
-On SmolLM2 (decode, a mean shift at every block) and on the bundled Infinity generator (a mean shift at every FFN): R
-rows with R different vectors, against R rows with the same one. Both are one compiled model each; a contender whose
-rows are not those of separate runs gets no time.
+On layers of SmolLM2 (decode, a mean shift at every block) and on the bundled Infinity generator (a mean shift at every
+FFN): R rows with R different vectors, against R rows with the same one. Both are one compiled model each; a contender
+whose rows are not those of separate runs gets no time.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 import pysteer
-from bench.contest import quartiles, verdict
+from bench.contest import ENOUGH, PATIENCE, quartiles, verdict
 from bench.record import append, machine
 from bench.serving import seconds_of
 from bench.works import decoding
 from pysteer.steering import Plan, SiteParameters
 
-BATCHES = (1, 4, 16, 64, 256)
+BATCHES = (4, 16, 64, 256)
+LAYERS = 10  # of 30
 Call = Callable[[], Tensor]
 
 
@@ -41,23 +43,29 @@ def shift_plans(sites: Sequence[tuple[str, int]], count: int, seed: int, rows: s
     return plans
 
 
-def language_pair(batch: int, layers: int | None, compiled: bool = True) -> dict[str, tuple[Call, Call]]:
-    """`one` and `many` settings: set-up and decode of a batch of the same prompt."""
+def language_pair(batch: int, layers: int, compiled: bool = True) -> dict[str, tuple[Call, Call]]:
+    """`one` and `many` settings: set-up and decode of a batch of the same prompt.
+
+    Args:
+        batch: rows.
+        layers: how many are taken, without the head: all are alike, and compiling all of them would tell nothing more.
+        compiled: whether the model is compiled.
+    """
     from pysteer.models.language import smollm2
 
     made = {}
     for name in ("none", "one", "many"):
         model = smollm2().model
-        if layers is not None:
-            model.model.layers = model.model.layers[:layers]
-            model.config.num_hidden_layers = layers
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
         width = model.config.hidden_size
         sites = [(f"block.{i}", width) for i in range(len(model.model.layers))]
         if name != "none":
             plans = shift_plans(sites, batch if name == "many" else 1, seed=0)
             pysteer.steer(model, plans if name == "many" else plans[0], capacity=batch).__enter__()
-        call = torch.compile(model, dynamic=False) if compiled else None
-        decoder = decoding.Decoder(model, decoding.Work(1, 8, 4 if batch < 64 else 2), call, rows=batch)
+        body = model.model
+        call = torch.compile(body, dynamic=False) if compiled else None
+        decoder = decoding.Decoder(body, decoding.Work(1, 8, 4 if batch < 64 else 2), call, rows=batch)
         made[name] = (decoder.setup, decoder.run)
     return made
 
@@ -110,7 +118,10 @@ def measure(label: str, batch: int, calls: dict[str, tuple[Call, Call]], rounds:
     if row["refused"]:
         return row
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.monotonic()
     for number in range(rounds + 1):
+        if number > ENOUGH and time.monotonic() - start > PATIENCE:
+            break
         for name in list(calls)[:: 1 if number % 2 else -1]:
             setup, run = calls[name]
             setup()
@@ -125,7 +136,7 @@ def measure(label: str, batch: int, calls: dict[str, tuple[Call, Call]], rounds:
         "ratio_quartiles": quartiles(ratios),
         "one_over_unsteered": statistics.median(steered),
         "seconds": statistics.median(seconds["many"]),
-        "rounds": rounds,
+        "rounds": len(ratios),
     }
 
 
@@ -136,7 +147,8 @@ def run_rows(*, quick: bool, rounds: int, store: bool = True) -> dict[str, Any]:
     rows = []
     for batch in (4, 16) if quick else BATCHES:
         torch.compiler.reset()
-        rows.append(measure("SmolLM2, decode", batch, language_pair(batch, 3 if quick else None), rounds))
+        layers = 3 if quick else LAYERS
+        rows.append(measure(f"{layers} layers of SmolLM2, decode", batch, language_pair(batch, layers), rounds))
         print(rows[-1], flush=True)
     for batch in (16,) if quick else (4, 16, 64):
         torch.compiler.reset()

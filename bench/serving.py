@@ -6,13 +6,15 @@ of another. It reads one command a line and answers one line, `answer` and JSON:
     prepare WORK FILE     make everything ready, write what comes out into FILE (safetensors, `output`)
     round                 do the work once: seconds
     profile FOLDER        do it once under the profiler, with a trace and a list of calls in FOLDER
-    end                   peak memory, recompilations
+    end                   peak memory of the rounds, recompilations in them
 
 This file needs nothing but torch and safetensors: packages that we compare with run it in environments of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import resource
@@ -72,6 +74,41 @@ def seconds_of(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
+SYNCS_ON_A_GPU = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+SYNCS_ON_A_CPU = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")  # on a GPU they would wait
+
+
+def syncs_of(events: Any) -> int:
+    """Calls that wait for the GPU; on a CPU those that would if the tensors were on one."""
+    names = SYNCS_ON_A_GPU if torch.cuda.is_available() else SYNCS_ON_A_CPU
+    return sum(event.name in names for event in events)
+
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def forget_peak() -> None:
+    """Let the peak memory of this process begin anew, where the system can do that (Linux)."""
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory since `forget_peak`, or of the whole process where that could not be done."""
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _forget_compiled() -> None:
+    """Drop the graphs of the last work; what was written to the compiler's cache stays."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+
+
 def _leaves(events: Any) -> int:
     """Calls that call no other: what a GPU would launch."""
     return sum(not event.cpu_children for event in events if event.name not in ("[memory]",))
@@ -92,7 +129,8 @@ def _profile(work: Prepared, folder: Path) -> dict[str, Any]:
         {"call": row.key, "times": row.count, "own_us": round(row.self_cpu_time_total, 1)} for row in rows
     ]  # fmt: skip
     (folder / "calls.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
-    return {"calls": _leaves(seen.events()), "top": listed[:12]}
+    events = seen.events()
+    return {"calls": _leaves(events), "syncs": syncs_of(events), "top": listed[:12]}
 
 
 class Server:
@@ -113,6 +151,7 @@ class Server:
         word, *rest = line.split(" ")
         if word == "prepare":
             self.work = None
+            _forget_compiled()
             before = _counters()
             self.work = self.prepare(rest[0])
             self.work.setup()
@@ -121,6 +160,7 @@ class Server:
             self.work.run()
             now = _counters()
             self.graphs, self.breaks = now[0], now[1] - before[1]
+            forget_peak()
             return {"units": self.work.units, "graph_breaks": self.breaks, **self.work.facts}
         assert self.work is not None, "nothing is prepared"
         if word == "round":
@@ -128,8 +168,7 @@ class Server:
             return {"seconds": seconds_of(self.work.run)}
         if word == "profile":
             return _profile(self.work, Path(rest[0]))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        return {"peak_bytes": peak, "recompiles": _counters()[0] - self.graphs}
+        return {"peak_bytes": peak_bytes(), "recompiles": _counters()[0] - self.graphs}
 
     def serve(self, lines: Any) -> None:
         """Answer until the lines end."""

@@ -4,10 +4,10 @@
     python -m bench.speed --part language --quick
     pysteer bench speed --profile traces           the same command, with a trace per contender
 
-Every contender is a process of its own; all take turns, round after round in alternating order, on one thread each, and
-ratios are taken within a round. Of what the process computes the CPU time is taken, so that other programs count
-little. A contender whose output is not that of the plain formulas gets no time. A part that was finished is not
-measured again when the same command is given again.
+Every contender of a part is a process of its own; all take turns, round after round in alternating order, on one thread
+each, and ratios are taken within a round; rounds end after a minute. Of what the process computes the CPU time is
+taken, so that other programs count little. A contender whose output is not that of the plain formulas gets no time. A
+part that was finished is not measured again when the same command is given again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.contest import ROOT, Entry, contest
+from bench.contest import PATIENCE, ROOT, Entry, contest, running
 from bench.record import append, machine
 from pysteer.files import read_json, write_json
 
@@ -66,10 +66,10 @@ def _entries(module: str, prefix: str, others: tuple[Entry, ...]) -> tuple[Entry
         Entry(BASE_EAGER, module, f"{prefix}unsteered eager", steers=False),
         Entry("plain hooks, eager", module, f"{prefix}hooks eager"),
         Entry(BASE, module, f"{prefix}unsteered compiled", steers=False),
-        Entry(f"{BASE}, again", module, f"{prefix}unsteered compiled", steers=False),
         Entry("pysteer, compiled", module, f"{prefix}pysteer compiled", ours=True),
         Entry("pysteer, eager", module, f"{prefix}pysteer eager", ours=True),
         *others,
+        Entry(f"{BASE}, again", module, f"{prefix}unsteered compiled", steers=False),  # the compiler's cache has it
     )
 
 
@@ -102,7 +102,7 @@ _SHIFT = _entries(
 PARTS = {
     "language": Part(_DECODING, ("decode,-batch-8",), _SHIFT, layers=2, case=LANGUAGE),
     "language-maps": Part(
-        ("read-128-tokens", "decode,-batch-8"),
+        ("10-layers,-read-128-tokens", "10-layers,-decode,-batch-8"),
         ("decode,-batch-8",),
         _entries(
             LANGUAGE,
@@ -168,27 +168,36 @@ def _shout(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _case(part: Part, folder: Path, quick: bool) -> Path:
+    """The folder of a part, with what its contenders read: a case is shared by the parts that have the same."""
+    if not part.case:
+        return folder / part.entries[0].module.rpartition(".")[2]
+    case = folder / f"case-{part.case.rpartition('.')[2]}"
+    importlib.import_module(part.case).write_case(case, part.layers if quick else None)
+    return case
+
+
 def measure_part(
     name: str, folder: Path, *, quick: bool, rounds: int, profile: Path | None = None, say: Say = _shout
 ) -> dict[str, Any]:
     """All works of a part; those whose rows are in `folder` already are not measured again."""
-    part, rows = PARTS[name], []
-    seconds = 0.0
-    for work in part.quick if quick else part.works:
-        kept = folder / name / f"{work}.json"
-        if kept.is_file():
+    part = PARTS[name]
+    kept = {work: folder / name / f"{work}.json" for work in (part.quick if quick else part.works)}
+    due = [work for work, path in kept.items() if not path.is_file()]
+    if due:
+        with running(part.entries, _case(part, folder, quick)) as field:
+            for work in due:
+                start = time.monotonic()
+                made = contest(
+                    field, work, rounds=rounds, base=part.base, patience=PATIENCE, say=say,
+                    profile=None if profile is None else profile / name,
+                )  # fmt: skip
+                write_json(kept[work], {"rows": made, "seconds": time.monotonic() - start})
+    rows, seconds = [], 0.0
+    for work, path in kept.items():
+        if work not in due:
             say(f"{work}: measured before")
-        else:
-            start = time.monotonic()
-            base = folder / "case" if part.case else folder / name
-            if part.case:
-                importlib.import_module(part.case).write_case(base, part.layers if quick else None)
-            made = contest(
-                part.entries, work, base, rounds=rounds, base=part.base, say=say,
-                profile=None if profile is None else profile / name,
-            )  # fmt: skip
-            write_json(kept, {"rows": made, "seconds": time.monotonic() - start})
-        found = read_json(kept, "measured work")
+        found = read_json(path, "measured work")
         rows += [{"part": name, **row, "work": row["work"].replace("-", " ")} for row in found["rows"]]
         seconds += found["seconds"]
     return {"rows": rows, "seconds": seconds}

@@ -41,13 +41,14 @@ def line(row: Row) -> str:
         return f"| {row['work']} | {name} | no time: {row.get('refused') or 'never ran'} | | | | |"
     peak = f"{row['peak_bytes'] / (1 << 20):.0f}" if row.get("peak_bytes") else "-"
     counts = [row.get(key) for key in ("graph_breaks", "recompiles")] if "eager" not in name else ["-", "-"]
-    calls = row.get("calls")
+    calls, syncs = ("-" if row.get(key) is None else row[key] for key in ("calls", "syncs"))
     return (
         f"| {row['work']} | {name} | {ratio_of(row)} | {row['per_second']:.3g} | "
-        f"{counts[0]} / {counts[1]} | {'-' if calls is None else calls} | {peak} |"
+        f"{counts[0]} / {counts[1]} | {calls} / {syncs} | {peak} |"
     )
 
 
+HEAD = "| work | contender | time / base | tokens or images/s | breaks / recompiles | calls / syncs | peak, MiB |"
 UNSTEERED = ("unsteered", "the activation itself")  # how the names of contenders begin that change nothing
 
 
@@ -74,8 +75,7 @@ def speed_table(results: list[dict[str, Any]]) -> str:
     blocks = []
     for part, result in newest_parts(results).items():
         rows = [row for row in result["rows"] if row["part"] == part]
-        head = "| work | contender | time / base | tokens or images per s | breaks / recompiles | calls | peak, MiB |"
-        lines = [f"### {part}", "", head, "|---" * 7 + "|", *(line(row) for row in rows)]
+        lines = [f"### {part}", "", HEAD, "|---" * 7 + "|", *(line(row) for row in rows)]
         base = next((row["contender"] for row in rows if row.get("ratio_quartiles") == [1.0, 1.0]), "nobody")
         slower = not_fastest(rows)
         lines += ["", "Pysteer is not the fastest here: " + "; ".join(slower) + "." if slower else

@@ -28,19 +28,23 @@ class Work:
         prompt: tokens that are read before; with `new` 0 reading them is what is timed.
         new: tokens that each row gets, one after another.
         strengths: how many strengths are swept, one after another or as rows of one batch; 0 for one strength.
+        layers: how many layers are taken, without the head; 0 for the whole model.
     """
 
     batch: int = 1
     prompt: int = 8
     new: int = 0
     strengths: int = 0
+    layers: int = 0
 
 
 WORKS = {
     "read 128 tokens": Work(prompt=128),
     "decode, batch 1": Work(1, new=16),
     "decode, batch 8": Work(8, new=12),
-    "decode, batch 64": Work(64, new=4),
+    "decode, batch 64": Work(64, new=2),
+    "10 layers, read 128 tokens": Work(prompt=128, layers=10),
+    "10 layers, decode, batch 8": Work(8, new=12, layers=10),
     "sweep of 11 strengths": Work(new=12, strengths=11),
     "sweep of 64 strengths": Work(new=4, strengths=64),
 }
@@ -95,14 +99,14 @@ class Decoder:
             self.model(**self._placed(0, self.work.prompt), past_key_values=self.cache, use_cache=True)
 
     def run(self) -> Tensor:
-        """Logits `[rows, V]` of the last tokens."""
+        """Logits `[rows, V]` of the last tokens, of a model without a head what its last layer makes of them."""
         call = self.model if self.call is None else self.call  # a compiled module has no truth value
         prompt = self.work.prompt
         if not self.work.new:
-            return call(**self._placed(0, prompt), use_cache=False).logits[:, -1]
+            return call(**self._placed(0, prompt), use_cache=False)[0][:, -1]
         for place in range(prompt, prompt + self.work.new):
             out = call(**self._placed(place, place + 1), past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1]
+        return out[0][:, -1]
 
 
 def one_by_one(decoder: Decoder, set_strength: Strength, strengths: Sequence[float]) -> Tensor:

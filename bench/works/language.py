@@ -72,13 +72,13 @@ def load_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
 
 
-def maps(folder: Path, sites: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> gain and bias `[D]`."""
+def maps(folder: Path, sites: str, layers: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module path -> gain and bias `[D]`, of the first so many layers."""
     case = load_file(folder / "case.safetensors")
     found = {}
     for name, bias in case.items():
         kind, layer, *rest = name.split(".")
-        if kind == sites and rest[-1] == "bias":
+        if kind == sites and rest[-1] == "bias" and int(layer) < layers:
             path = ".".join([f"model.layers.{layer}", *rest[:-1]])
             found[path] = (case.get(name.replace("bias", "gain"), torch.ones_like(bias)), bias)
     return found
@@ -89,7 +89,7 @@ def _with_pysteer(model: Any, folder: Path, sites: str) -> tuple[Any, Any]:
     from pysteer.steering import Plan, SiteParameters
 
     entries = []
-    for path, (gain, bias) in maps(folder, sites).items():
+    for path, (gain, bias) in maps(folder, sites, len(model.model.layers)).items():
         banks = {"gain": gain[None], "bias": bias[None]}
         if sites == "norms":
             banks |= {"low": torch.full_like(bias, -WIDE)[None], "high": torch.full_like(bias, WIDE)[None]}
@@ -122,7 +122,7 @@ def _attach(model: Any, folder: Path, sites: str, how: str) -> Callable[[float],
         lever[0] = value
         tensor.fill_(value)
 
-    for path, (gain, bias) in maps(folder, sites).items():
+    for path, (gain, bias) in maps(folder, sites, len(model.model.layers)).items():
         module = model.get_submodule(path)
         low, high = torch.full_like(bias, -WIDE), torch.full_like(bias, WIDE)
         if how == "repeng":
@@ -145,11 +145,16 @@ def prepare(kind: str, folder: Path, work_name: str) -> Prepared:
     how, _, mode = how.partition(" ")
     work = find(work_name)
     model, handle = load_model(folder), None
+    if work.layers:
+        model.model.layers = model.model.layers[: work.layers]
+        model.config.num_hidden_layers = work.layers
     set_strength: Callable[[float], None] = lambda value: None  # noqa: E731
     if how == "pysteer":
         model, handle = _with_pysteer(model, folder, sites)
     elif how != "unsteered":
         set_strength = _attach(model, folder, sites, how)
+    if work.layers:
+        model = model.model
     call = torch.compile(model, dynamic=False) if mode == "compiled" else None
     swept = levels(work.strengths)
     if swept and handle is not None:  # a batch holds a row per strength

@@ -2,11 +2,16 @@
 
 import torch
 
-from bench.contest import Entry, contest, verdict
+from bench.contest import ENOUGH, Entry, contest, running, verdict
 from bench.serving import Prepared, Server
 from bench.speed_table import line, not_fastest
 
 X = torch.randn(4, 5)
+
+
+def hold(entries, folder, rounds=1):
+    with running(entries, folder) as field:
+        return contest(field, "work", rounds=rounds, base="unsteered", say=lambda text: None, side_by_side=6)
 
 
 def test_a_verdict_on_every_way_to_cheat():
@@ -30,7 +35,7 @@ def test_processes_in_turn_and_only_the_right_ones_have_a_time(tmp_path):
     entries = [Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in kinds]
     entries.append(Entry("absent", "package_absent", package="no-such-package"))
     entries.append(Entry("elsewhere", "tests.bench.fake_work", "right", works=("another work",)))
-    rows = contest(entries, "work", tmp_path, rounds=2, base="unsteered", say=lambda text: None, side_by_side=6)
+    rows = hold(entries, tmp_path, rounds=2)
     by_name = {row["contender"]: row for row in rows}
     assert list(by_name) == [*kinds, "absent"]
     timed = {name for name, row in by_name.items() if "ratio" in row}
@@ -44,7 +49,27 @@ def test_processes_in_turn_and_only_the_right_ones_have_a_time(tmp_path):
     assert right["ratio_quartiles"][0] <= right["ratio"] <= right["ratio_quartiles"][1]
     assert right["peak_bytes"] > 0
     assert right["calls"] > 0
+    assert right["syncs"] == 1
+    assert by_name["plain"]["syncs"] == 0
     assert (tmp_path / "profiles/work/right/trace.json").is_file()
+
+
+def test_processes_do_several_works_and_rounds_end_when_patience_does(tmp_path):
+    entries = [
+        Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in ("unsteered", "plain")
+    ]
+    entries.append(Entry("once", "tests.bench.fake_work", "once"))
+    with running(entries, tmp_path) as field:
+        processes = [each.process.pid for each in field.contenders]
+        works = {}
+        for work, patience in (("first", 0.0), ("second", 1e9)):
+            works[work] = contest(
+                field, work, rounds=5, base="unsteered", patience=patience, say=lambda text: None
+            )  # fmt: skip
+        assert processes == [each.process.pid for each in field.contenders]
+    assert [row["rounds"] for row in works["first"]] == [ENOUGH] * 3
+    assert [row.get("rounds") for row in works["second"]] == [5, 5, None]
+    assert "cannot be prepared" in works["second"][2]["refused"]  # it failed in one work, not in the other
 
 
 def test_what_a_package_prints_while_it_is_imported_is_no_answer(tmp_path):
@@ -52,14 +77,14 @@ def test_what_a_package_prints_while_it_is_imported_is_no_answer(tmp_path):
         Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in ("unsteered", "plain")
     ]
     entries.append(Entry("talks", "tests.bench.talking_work", "right"))
-    rows = contest(entries, "work", tmp_path, rounds=1, base="unsteered", say=lambda text: None, side_by_side=3)
+    rows = hold(entries, tmp_path)
     assert [row.get("refused") for row in rows] == ["", "", ""]
     assert "ratio" in rows[2]
 
 
 def test_a_failing_reference_refuses_everybody(tmp_path):
     entries = [Entry(kind, "tests.bench.fake_work", kind) for kind in ("unsteered", "breaks", "right")]
-    rows = contest(entries, "work", tmp_path, rounds=1, base="unsteered", say=lambda text: None, side_by_side=3)
+    rows = hold(entries, tmp_path)
     assert all("ratio" not in row for row in rows)
     assert "nothing to compare with" in rows[2]["refused"]
 
