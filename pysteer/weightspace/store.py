@@ -116,8 +116,8 @@ class Reader:
         Raises:
             InputError: no file can be read as an adapter.
         """
-        self._names = {path: path.relative_to(self.folder).as_posix() for path in paths}
-        stats = {name: path.stat() for path, name in self._names.items()}
+        self._names = {path: below(str(path), self.folder) for path in paths}
+        stats = {name: os.stat(path) for path, name in self._names.items()}
         self._resume(stats)
         known = {entry.path for entry in self.entries} | {skip.path for skip in self.skipped}
         new = [path for path, name in self._names.items() if name not in known]
@@ -345,7 +345,9 @@ def read_label(path: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
     """
     label = ""
     images: tuple[str, ...] = ()
-    record = next((each for each in (f"{path}"[:-12] + ".json", f"{path.parent}/metadata.json") if isfile(each)), None)
+    text = str(path)  # paths as text: taking a Path apart takes longer than reading an adapter
+    own = f"{os.path.dirname(text)}{os.sep}metadata.json"
+    record = next((each for each in (f"{text[:-12]}.json", own) if isfile(each)), None)
     if record is not None:
         found = files.read_json(record, "record of the adapter")
         if not isinstance(found, dict):
@@ -355,9 +357,14 @@ def read_label(path: Path, folder: Path) -> tuple[str, tuple[str, ...]]:
         if not isinstance(ids, (list, tuple)) or not all(isinstance(each, (str, int)) for each in ids):
             raise InputError("image_ids of the record", value=record, allowed="a list of texts")
         images = tuple(map(str, ids))
-    if not label and path.parent != folder:
-        label = path.parent.relative_to(folder).parts[0]
-    return label, images
+    return label or below(text, folder).rpartition("/")[0].partition("/")[0], images
+
+
+def below(path: str, folder: Path) -> str:
+    """The path of a file relative to a folder that it was found in, with slashes."""
+    root = str(folder)
+    start = 0 if root == "." else len(root.rstrip(os.sep)) + 1
+    return path[start:].replace(os.sep, "/")
 
 
 def shortened(values: tuple[Any, ...]) -> tuple[Any, ...]:
