@@ -6,7 +6,8 @@
 The usual way to read is a data set with a column of nested lists per tensor (package `datasets`, torch format, columns
 concatenated one after the other), measured on fewer adapters, because it takes long; without that package the row is
 left out. Full PCA is the SVD of the centred matrix, dense singular values are `svdvals` of B A. All times are CPU time
-of one thread, which other work on the machine hardly changes.
+of one thread, which other work on the machine hardly changes, and the shortest of several runs: what the first ones pay
+is memory that the system has to find.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def read_nested(adapters: LoraSet, folder: Path, count: int) -> float | None:
             made = torch.cat([made, opened[name][:].flatten(1)], 1)
         return made
 
-    seconds, made = timed(read)
+    seconds, made = timed(read, 2)
     assert torch.equal(made, torch.from_numpy(np.array(adapters.rows[:count])))
     return seconds / count
 
@@ -128,8 +129,8 @@ def bench_read(place: Path, count: int, nested: int) -> tuple[dict[str, Any], Lo
         shutil.rmtree(cache, ignore_errors=True)
         return LoraSet.open(place / "adapters", cache=cache)
 
-    seconds, adapters = timed(read, 2)
-    again, _ = timed(lambda: LoraSet.open(place / "adapters", cache=cache))
+    seconds, adapters = timed(read, 5)
+    again, _ = timed(lambda: LoraSet.open(place / "adapters", cache=cache), 3)
     slow = read_nested(adapters, place / "nested", nested)
     row = {"adapters": count, "d": adapters.layout.width, "ms": 1e3 * seconds / count, "reopen_ms": 1e3 * again / count}
     if slow is not None:
@@ -139,7 +140,7 @@ def bench_read(place: Path, count: int, nested: int) -> tuple[dict[str, Any], Lo
 
 def bench_pca(adapters: LoraSet) -> dict[str, Any]:
     """The first 100 components by the route that is chosen, and by the SVD of all rows."""
-    seconds, found = timed(lambda: pca(adapters.rows, K), 2)
+    seconds, found = timed(lambda: pca(adapters.rows, K), 3)
 
     def full() -> torch.Tensor:
         x = torch.from_numpy(np.array(adapters.rows))
