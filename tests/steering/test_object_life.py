@@ -227,6 +227,36 @@ def test_parametrize_on_top(model: Toy, x: Tensor) -> None:
     assert type(ffn) is FeedForward
 
 
+def test_parametrize_on_top_and_a_forward_on_the_instance(model: Toy, x: Tensor) -> None:
+    """Steering moves into `__call__`, in a class above the one that parametrize made, and gives that one back."""
+    ffn = model.blocks[1].ffn
+    attachment = attach(model, {SITE: Shift()})
+    parametrize.register_parametrization(ffn, "weight", Halve())
+    parametrized = type(ffn)
+    steered = ffn(x)
+    old = ffn.forward
+    ffn.forward = lambda value: 2 * torch.tanh(value @ ffn.weight)
+    plain = ffn(x)
+    torch.testing.assert_close(plain, 2 * (steered - 1))
+    attachment.ensure()
+    assert type(ffn) is not parametrized
+    assert "__call__" not in parametrized.__dict__
+    torch.testing.assert_close(ffn(x), plain + 1)
+    second = attach(model, {SITE: Shift()})
+    torch.testing.assert_close(ffn(x), plain + 2)
+    second.detach()
+    attachment.detach()
+    assert type(ffn) is parametrized
+    assert torch.equal(ffn(x), plain)
+    ffn.forward = old
+    torch.testing.assert_close(ffn(x), steered - 1)
+    del ffn.forward
+    parametrize.remove_parametrizations(ffn, "weight")
+    with attach(model, {SITE: Shift()}):
+        torch.testing.assert_close(ffn(x), steered)
+    assert type(ffn) is FeedForward
+
+
 def test_functional_call(model: Toy, x: Tensor) -> None:
     zeros = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     with attach(model, {SITE: Shift()}):
