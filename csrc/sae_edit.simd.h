@@ -261,11 +261,11 @@ inline void dot_part(const float* x, std::int64_t stride, const W* const* w, std
     Vec sum[kTokens * 4];
     for (int i = 0; i < kTokens * 4; ++i) sum[i] = begin ? load(sums + i * kLanes) : zero();
     for (std::int64_t d = begin; d + kLanes <= end; d += kLanes) {
-        Vec weights[4];
-        for (int k = 0; k < 4; ++k) weights[k] = load(w[k] + d);
-        for (int t = 0; t < kTokens; ++t) {
-            const Vec v = load(x + t * stride + d);
-            for (int k = 0; k < 4; ++k) sum[t * 4 + k] = fma(v, weights[k], sum[t * 4 + k]);
+        Vec v[kTokens];  // fewer than the weights: with three tokens and AVX2 all registers are taken
+        for (int t = 0; t < kTokens; ++t) v[t] = load(x + t * stride + d);
+        for (int k = 0; k < 4; ++k) {
+            const Vec weights = load(w[k] + d);
+            for (int t = 0; t < kTokens; ++t) sum[t * 4 + k] = fma(v[t], weights, sum[t * 4 + k]);
         }
     }
     for (int i = 0; i < kTokens * 4; ++i) store(sums + i * kLanes, sum[i]);
