@@ -106,7 +106,8 @@ class TransformersFamily(Family):
         root = self.root(obj, "text")
         hub = self._hub(root)
         if not hub.listeners:
-            hub.hook = root.register_forward_pre_hook(_watch(root, hub), with_kwargs=True)
+            watched = _watched(root)
+            hub.hook = watched.register_forward_pre_hook(_watch(watched, hub), with_kwargs=True)
         hub.listeners.append(on_rows)
 
         def disconnect() -> None:
@@ -220,9 +221,17 @@ def _last_norm(model: nn.Module, owner: str) -> str:
     return ""
 
 
-def _watch(root: nn.Module, hub: _Hub) -> Callable[..., None]:
+def _watched(root: nn.Module) -> nn.Module:
+    """The module whose calls are runs: the model without its head, which may be called by itself for hidden states."""
+    base = getattr(root, "base_model", root)
+    _, blocks = _blocks(root)
+    inside = isinstance(base, nn.Module) and any(module is blocks for module in base.modules())
+    return base if inside else root
+
+
+def _watch(watched: nn.Module, hub: _Hub) -> Callable[..., None]:
     """A pre-hook that sets the clock and passes on which tokens count; in a compiled graph it is tensor code alone."""
-    names = list(inspect.signature(type(root).forward).parameters)[1:]
+    names = list(inspect.signature(type(watched).forward).parameters)[1:]
     first = names[0]
     cached = hub.reads_cache
 

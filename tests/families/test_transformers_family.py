@@ -84,6 +84,28 @@ def test_padding_is_left_alone(name: str) -> None:
     assert not torch.allclose(steered[0, :3], plain[0, :3], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_model_without_its_head_may_be_called_by_itself(name: str) -> None:
+    model = build(name)
+    base = model.base_model
+    assert base is not model
+    parameters, given = shift("block.1"), {"input_ids": IDS, "attention_mask": LEFT}
+    path = find_family(model).sites(model)["block.1"].path
+    plain = base(**given)[0]
+    expected = hooked(model, path, parameters, lambda x: LEFT.bool(), lambda: base(**given)[0])
+    with pysteer.steer(model, Plan.build([parameters])) as handle:
+        steered = base(**given)[0]
+        assert handle.report()[0].tokens_touched == LEFT.sum()  # counted once
+        out(model, IDS[:1])  # another number of rows, through the head
+        torch.testing.assert_close(base(**given)[0], steered)
+        assert handle.report()[0].calls == 3
+        compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**given)[0][LEFT.bool()], steered[LEFT.bool()])
+    torch.testing.assert_close(steered[LEFT.bool()], expected[LEFT.bool()], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(steered, plain, atol=1e-3)
+    assert torch.equal(base(**given)[0], plain)
+
+
 @pytest.mark.parametrize(
     ("positions", "chosen"),
     [
