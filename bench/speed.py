@@ -243,7 +243,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=(*PARTS, "ops", "rows"), help="may be given several times")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how fast it is")
-    parser.add_argument("--rounds", type=int, help="by default 9, quick 3")
+    parser.add_argument("--rounds", type=int, help="at most; by default 30, quick 3")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for logs and for resuming")
     parser.add_argument("--profile", type=Path, help="folder for a trace and a list of calls per contender")
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
@@ -255,7 +255,7 @@ def main(words: list[str] | None = None) -> None:
     from bench.speed_table import speed_table
 
     asked = arguments().parse_args(words)
-    rounds = asked.rounds or (3 if asked.quick else 9)
+    rounds = asked.rounds or (3 if asked.quick else 30)
     chosen = asked.part or [*PARTS, "ops", "rows"]
     if "ops" in chosen and not asked.dry_run:
         run_ops(asked.quick)
