@@ -36,7 +36,6 @@ tokens, since it is attended to, unless the pipeline gives its text encoder an a
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +54,7 @@ from pysteer.families.diffusion_runs import (
     watch_pipeline,
 )
 from pysteer.families.diffusion_sites import autoencoder_sites, denoiser_sites
+from pysteer.families.per_object import PerObject
 from pysteer.families.transformers import TransformersFamily, attended
 from pysteer.steering.site import Site
 
@@ -215,7 +215,7 @@ class DiffusersFamily(Family):
     name = "diffusers"
 
     def __init__(self) -> None:
-        self._hubs: WeakKeyDictionary[Any, _Hub] = WeakKeyDictionary()
+        self._hubs: PerObject[_Hub] = PerObject("diffusers_hub")
 
     def matches(self, obj: Any) -> bool:
         return pipeline_of(obj) is not None or _is_model(inner_of(obj))
@@ -291,10 +291,7 @@ class DiffusersFamily(Family):
     def hub(self, obj: Any) -> _Hub:
         """Clocks and listeners of a model or a pipeline."""
         key = pipeline_of(obj) or inner_of(obj)
-        hub = self._hubs.get(key)
-        if hub is None:
-            hub = self._hubs[key] = _Hub(self.parts(obj))
-        return hub
+        return self._hubs.get(key, lambda: _Hub(self.parts(obj)))
 
     def _reads_early(self, obj: Any) -> bool:
         """Whether the pipeline reads CLIP before its last block, as those with two CLIP encoders do (SDXL, SD3)."""

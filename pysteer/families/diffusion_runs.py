@@ -7,12 +7,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from pysteer.errors import InputError
+from pysteer.families.per_object import PerObject
 
 ROOM = 64  # steps that a plan may name before a run tells how many there are
 # What these are given of a timestep t, as a t + b; any other model gets t, t / 1000 or t times its `timestep_scale`.
@@ -206,7 +206,7 @@ def run_of(pipe: Any, arguments: dict[str, Any]) -> Run:
 
 
 _Running = Callable[[Any, dict[str, Any]], AbstractContextManager[None]]
-_WATCHED: WeakKeyDictionary[Any, _Running] = WeakKeyDictionary()
+_WATCHED: PerObject[_Running] = PerObject("running")
 
 
 def watch_pipeline(pipe: Any, running: _Running) -> Callable[[], None]:
@@ -215,11 +215,11 @@ def watch_pipeline(pipe: Any, running: _Running) -> Callable[[], None]:
     The class of the pipeline is swapped for a subclass of the same name, since Python looks up `__call__` in the class.
     """
     base = pipe.__class__
-    _WATCHED[pipe] = running
+    _WATCHED.set(pipe, running)
     object.__setattr__(pipe, "__class__", _watched_class(base))
 
     def undo() -> None:
-        _WATCHED.pop(pipe, None)
+        _WATCHED.drop(pipe)
         if type(pipe) is _watched_class(base):
             object.__setattr__(pipe, "__class__", base)
 
@@ -231,7 +231,7 @@ def _watched_class(base: type) -> type:
     signature = inspect.signature(base.__call__)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        running = _WATCHED.get(self)
+        running = _WATCHED.find(self)
         try:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:

@@ -15,13 +15,13 @@ encoder after its final norm. The visual clock is the index of the scale; the te
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from pysteer.errors import InputError
 from pysteer.families.base import Family, OnRows, register
+from pysteer.families.per_object import PerObject
 from pysteer.families.transformers import text_sites
 from pysteer.steering.site import Site
 
@@ -75,7 +75,7 @@ class InfinityFamily(Family):
     name = "infinity"
 
     def __init__(self) -> None:
-        self._hubs: WeakKeyDictionary[nn.Module, _Hub] = WeakKeyDictionary()
+        self._hubs: PerObject[_Hub] = PerObject("infinity_hub")
 
     def matches(self, obj: Any) -> bool:
         return _is_pipeline(obj) or _is_port(obj) or _is_published(obj)
@@ -142,10 +142,7 @@ class InfinityFamily(Family):
         return _subscribe(obj.text_row_listeners, on_rows)
 
     def _hub(self, root: nn.Module) -> _Hub:
-        hub = self._hubs.get(root)
-        if hub is None:
-            hub = self._hubs[root] = _Hub(_device(root))
-        return hub
+        return self._hubs.get(root, lambda: _Hub(_device(root)))
 
 
 def _device(module: nn.Module) -> torch.device:

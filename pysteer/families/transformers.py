@@ -18,13 +18,13 @@ over one token with a cache); an encoder has one.
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from pysteer.errors import InputError
 from pysteer.families.base import Family, OnRows, register
+from pysteer.families.per_object import PerObject
 from pysteer.steering.site import Site
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "layer.0.SelfAttention")
@@ -60,7 +60,7 @@ class TransformersFamily(Family):
     announced = False
 
     def __init__(self) -> None:
-        self._hubs: WeakKeyDictionary[nn.Module, _Hub] = WeakKeyDictionary()
+        self._hubs: PerObject[_Hub] = PerObject("transformers_hub")
 
     def matches(self, obj: Any) -> bool:
         model = model_of(obj)
@@ -120,10 +120,7 @@ class TransformersFamily(Family):
         return disconnect
 
     def _hub(self, root: nn.Module) -> _Hub:
-        hub = self._hubs.get(root)
-        if hub is None:
-            hub = self._hubs[root] = _Hub(root)
-        return hub
+        return self._hubs.get(root, lambda: _Hub(root))
 
 
 def text_sites(encoder: Any) -> dict[str, Site]:
