@@ -119,12 +119,17 @@ class Task:
 
 
 def measure(features: Features, task: Task, model: str, *, keep: int | None = None) -> Outcome:
-    """Train and test one model on one feature family, in every run of the task.
+    """Train and test one model on one feature family, see `measure_models`."""
+    return measure_models(features, task, [model], keep=keep)[0]
+
+
+def measure_models(features: Features, task: Task, models: Sequence[str], *, keep: int | None = None) -> list[Outcome]:
+    """Train and test models on one feature family, in every run of the task.
 
     Args:
         features: of all adapters.
         task: labels and splits.
-        model: ridge (strength chosen on the validation part), linear (multinomial logistic regression, likewise),
+        models: ridge (strength chosen on the validation part), linear (multinomial logistic regression, likewise),
             boosting (histogram gradient boosting), mlp (512-512) or mlp3 (1024-1024-1024), both with the weights of
             their best epoch.
         keep: only so many principal coordinates.
@@ -132,10 +137,19 @@ def measure(features: Features, task: Task, model: str, *, keep: int | None = No
     Raises:
         InputError: unknown model.
     """
-    if model not in MODELS:
-        raise InputError("model", value=model, allowed=", ".join(MODELS))
-    few = _BOOSTED if model == "boosting" and features.size > _BOOSTED and keep is None else keep
-    data = [coordinates(features, split, few) for split in task.splits]
+    for model in models:
+        if model not in MODELS:
+            raise InputError("model", value=model, allowed=", ".join(MODELS))
+    found, data = [], {}
+    for model in models:
+        few = _BOOSTED if model == "boosting" and features.size > _BOOSTED and keep is None else keep
+        if few not in data:
+            data[few] = [coordinates(features, split, few) for split in task.splits]
+        found.append(_measured(features, task, model, data[few], keep))
+    return found
+
+
+def _measured(features: Features, task: Task, model: str, data: Sequence[Coordinates], keep: int | None) -> Outcome:
     picked = [tuple(target[torch.from_numpy(part)] for part in (split.train, split.val, split.test))
               for target, split in zip(task.targets, task.splits, strict=True)]  # fmt: skip
     if model in _MLPS:
@@ -189,14 +203,18 @@ def _ridge(data: Coordinates, train: Tensor, val: Tensor, classes: int, seed: in
     x, target = data.train.double(), torch.nn.functional.one_hot(train, classes).double() * 2 - 1
     mean, offset = x.mean(0), target.mean(0)
     centred = x - mean
-    if x.shape[1] > len(x):
+    held, test = (part.double() - mean for part in (data.val, data.test))
+    if data.principal:
+        values, right = centred.square().sum(0), None
+    elif x.shape[1] > len(x):
         values, vectors = torch.linalg.eigh(centred @ centred.T)
         right = centred.T @ (vectors / values.clamp_min(1e-12).sqrt())
     else:
         values, right = torch.linalg.eigh(centred.T @ centred)
     values = values.clamp_min(0)
-    projected = right.T @ (centred.T @ (target - offset))
-    held, test = ((part.double() - mean) @ right for part in (data.val, data.test))
+    projected = centred.T @ (target - offset)
+    if right is not None:
+        projected, held, test = right.T @ projected, held @ right, test @ right
     best, chosen = (-1.0, -math.inf), torch.zeros(0)
     for power in np.arange(-3.0, 4.51, 0.5):
         penalty = 10**power * float(values.mean().clamp_min(1e-12))

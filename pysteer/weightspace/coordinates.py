@@ -18,11 +18,17 @@ from pysteer.weightspace.splits import Split
 
 @dataclass(frozen=True)
 class Coordinates:
-    """fp32 `[n, K]` of each part; a row of the training part has about one unit of variance per coordinate."""
+    """fp32 `[n, K]` of each part; a row of the training part has about one unit of variance per coordinate.
+
+    Attributes:
+        train, val, test: the parts.
+        principal: whether the coordinates of the training part are orthogonal to each other and of mean zero.
+    """
 
     train: Tensor
     val: Tensor
     test: Tensor
+    principal: bool = False
 
 
 def coordinates(features: Features, split: Split, keep: int | None = None) -> Coordinates:
@@ -61,8 +67,10 @@ def coordinates(features: Features, split: Split, keep: int | None = None) -> Co
     if keep is not None:
         values, vectors = values[:keep], vectors[:, :keep]
     if not len(values):
-        return Coordinates(*(torch.zeros(len(index), 1) for index in parts))
+        train, val, test = (torch.zeros(len(index), 1) for index in parts)
+        return Coordinates(train, val, test)
     unit = (values.sum() / (len(gram) * len(values))).sqrt()  # mean variance of a coordinate
     root = values.sqrt()
     made = [vectors * root, *(block @ (vectors / root) for block in cross)]
-    return Coordinates(*((each / unit).float() for each in made))
+    train, val, test = ((each / unit).float() for each in made)
+    return Coordinates(train, val, test, principal=True)

@@ -1,5 +1,6 @@
 """Classifiers find what is there, find nothing where labels are mixed up, and never see an image twice."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -53,6 +54,33 @@ def test_inner_products_give_the_same_as_features():
     cross = b.test.double() @ b.train.double().T
     far = (x[split.test] - x[split.train].mean(0)) @ centred.T
     torch.testing.assert_close(cross / inner.trace(), far / wanted.trace(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("signal", "keep"), [(4.0, None), (2.0, None), (4.0, 20)])
+def test_ridge_on_principal_coordinates_needs_no_second_decomposition(signal, keep):
+    given, labels = _planted(signal=signal)
+    split = grouped_split(labels, range(len(labels)), 0)
+    data = coordinates(given, split, keep)
+    assert data.principal
+    centred = data.train.double() - data.train.double().mean(0)
+    inner = centred.T @ centred
+    assert (inner - inner.diag().diag()).abs().max() < 1e-6 * inner.diagonal().max()
+    targets = [torch.tensor([int(labels[i][1:]) for i in part]) for part in (split.train, split.val)]
+    quick, slow = (classify._ridge(each, *targets, 3, 0) for each in (data, dataclasses.replace(data, principal=False)))
+    torch.testing.assert_close(quick, slow, rtol=1e-4, atol=1e-5)
+    assert (quick.argmax(1) != quick.argmax(1)[0]).any()
+
+
+def test_models_measured_together_are_what_each_is_alone():
+    given, labels = _planted(count=90)
+    task = Task.of(labels, range(len(labels)), 2, 0)
+    together = classify.measure_models(given, task, ["ridge", "boosting", "linear"])
+    assert [each.model for each in together] == ["ridge", "boosting", "linear"]
+    for each in together:
+        alone = measure(given, task, each.model)
+        assert (each.accuracies, each.auc, each.size) == (alone.accuracies, alone.auc, alone.size)
+    with pytest.raises(InputError, match="nonsense"):
+        classify.measure_models(given, task, ["ridge", "nonsense"])
 
 
 def test_the_test_part_does_not_reach_the_training_part():

@@ -10,7 +10,7 @@ import torch
 
 from pysteer.recipes.weights.config import WeightspaceConfig
 from pysteer.weightspace.canonical import layer_products
-from pysteer.weightspace.classify import Outcome, Task, measure
+from pysteer.weightspace.classify import Outcome, Task, measure, measure_models
 from pysteer.weightspace.families import Features, features
 from pysteer.weightspace.loraset import LoraSet
 
@@ -49,8 +49,8 @@ class Experiment:
     def family(self, family: str, models: Sequence[str]) -> list[Outcome]:
         """Every model on one family; its features are computed once."""
         given = features_of(self.adapters, family)
-        keep = kept(family, self.config)
-        return [self._named(measure(given, self.task, model, keep=keep), family) for model in models]
+        outcomes = measure_models(given, self.task, models, keep=kept(family, self.config))
+        return [self._named(outcome, family) for outcome in outcomes]
 
     @staticmethod
     def _named(outcome: Outcome, family: str) -> Outcome:
