@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("PYSTEER_PEERS", ROOT / ".peers"))
 ENOUGH = 3  # rounds that a median and quartiles need
 PATIENCE = 60.0  # seconds of rounds that a work of the suite gets, unless those that are needed take longer
+LONG = 3.0  # seconds of a run that is profiled only when asked for: hundreds of thousands of calls take minutes to list
 CLOSE = 0.05  # of the change that steering should make: how far a contender may be from it
 Say = Callable[[str], None]
 
@@ -293,6 +294,8 @@ def contest(
     for each in timed:
         each.ask("end")
         each.facts |= each.hear()
+        if profile is None and statistics.median(each.seconds or [0.0]) > LONG:
+            continue
         each.ask(f"profile {(profile or field.folder / 'profiles') / work / each.output.stem}")
         each.facts |= {name: value for name, value in each.hear().items() if name in ("calls", "syncs")}
     rows = [row_of(each, first, work) for each in taking]

@@ -72,6 +72,16 @@ def test_processes_do_several_works_and_rounds_end_when_patience_does(tmp_path):
     assert "cannot be prepared" in works["second"][2]["refused"]  # it failed in one work, not in the other
 
 
+def test_long_runs_are_profiled_only_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.contest.LONG", -1.0)
+    entries = [
+        Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in ("unsteered", "plain")
+    ]
+    rows = hold(entries, tmp_path)
+    assert all("ratio" in row and row["calls"] is None and row["peak_bytes"] > 0 for row in rows)
+    assert not (tmp_path / "profiles").exists()
+
+
 def test_what_a_package_prints_while_it_is_imported_is_no_answer(tmp_path):
     entries = [
         Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in ("unsteered", "plain")
