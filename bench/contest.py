@@ -244,18 +244,23 @@ def running(entries: Sequence[Entry], folder: Path, threads: int = 1) -> Iterato
             each.stop()
 
 
-def take_turns(timed: Sequence[Contender], rounds: int, patience: float) -> None:
-    """Time all, round after round in alternating order; the first round does not count.
+def numbers_of_rounds(rounds: int, patience: float = PATIENCE) -> Iterator[int]:
+    """Numbers of rounds, of which 0 does not count.
 
     Args:
-        timed: who takes part.
         rounds: how many are counted at most.
         patience: seconds after which no further round begins, once there are `ENOUGH`.
     """
     start = time.monotonic()
     for number in range(rounds + 1):
         if number > ENOUGH and time.monotonic() - start > patience:
-            break
+            return
+        yield number
+
+
+def take_turns(timed: Sequence[Contender], rounds: int, patience: float) -> None:
+    """Time all, round after round in alternating order; see `numbers_of_rounds`."""
+    for number in numbers_of_rounds(rounds, patience):
         for each in timed if number % 2 else timed[::-1]:
             each.ask("round")
             seconds = each.hear().get("seconds")

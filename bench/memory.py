@@ -20,15 +20,10 @@ import torch
 
 from bench.record import append, machine
 from bench.registry import measured
+from bench.serving import held
 from pysteer.ops import get
 
 OPS = ("channel_moments", "sae_encode", "sae_encode_mean", "sae_edit")
-
-
-def _held(name: str) -> int:
-    """Bytes that the process holds (VmRSS), or the most it held (VmHWM)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 def peak(call: Callable[[], Any]) -> int:
@@ -36,9 +31,9 @@ def peak(call: Callable[[], Any]) -> int:
     call()  # loads code, starts threads
     ctypes.CDLL(None).malloc_trim(0)  # what is free and still held would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _held("VmRSS")
+    before = held("VmRSS")
     result = call()
-    after = _held("VmHWM")
+    after = held("VmHWM")
     del result
     return max(0, after - before)
 

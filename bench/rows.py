@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor
 
 import pysteer
-from bench.contest import ENOUGH, PATIENCE, quartiles, verdict
+from bench.contest import numbers_of_rounds, quartiles, verdict
 from bench.record import append, machine
 from bench.serving import seconds_of
 from bench.works import decoding
+from bench.works.language import keep_layers
 from pysteer.steering import Plan, SiteParameters
 
-BATCHES = (4, 16, 64, 256)
+BATCHES = (1, 4, 16, 64, 256)
 LAYERS = 10  # of 30
 Call = Callable[[], Tensor]
 
@@ -56,8 +56,7 @@ def language_pair(batch: int, layers: int, compiled: bool = True) -> dict[str, t
     made = {}
     for name in ("none", "one", "many"):
         model = smollm2().model
-        model.model.layers = model.model.layers[:layers]
-        model.config.num_hidden_layers = layers
+        keep_layers(model, layers)
         width = model.config.hidden_size
         sites = [(f"block.{i}", width) for i in range(len(model.model.layers))]
         if name != "none":
@@ -118,10 +117,7 @@ def measure(label: str, batch: int, calls: dict[str, tuple[Call, Call]], rounds:
     if row["refused"]:
         return row
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.monotonic()
-    for number in range(rounds + 1):
-        if number > ENOUGH and time.monotonic() - start > PATIENCE:
-            break
+    for number in numbers_of_rounds(rounds):
         for name in list(calls)[:: 1 if number % 2 else -1]:
             setup, run = calls[name]
             setup()

@@ -84,21 +84,22 @@ def syncs_of(events: Any) -> int:
     return sum(event.name in names for event in events)
 
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+def held(name: str) -> int:
+    """Bytes that the process holds (VmRSS, RssAnon), or the most it held (VmHWM); Linux alone."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 def forget_peak() -> None:
     """Let the peak memory of this process begin anew, where the system can do that (Linux)."""
     with contextlib.suppress(OSError):
-        CLEAR.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_bytes() -> int:
     """Peak resident memory since `forget_peak`, or of the whole process where that could not be done."""
     with contextlib.suppress(OSError):
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) << 10
+        return held("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from bench.language import usual_hook
-from bench.memory import _held
 from bench.record import RESULTS, append, machine, stored
+from bench.serving import held
 from pysteer import files
 from pysteer.capture.fitted import Fitted
 from pysteer.data.concepts import concept_sentences, openings
@@ -168,9 +168,9 @@ def grown(call: Callable[[], Any]) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _held("VmRSS")
+    before = held("VmRSS")
     result = call()
-    after = _held("VmHWM")
+    after = held("VmHWM")
     del result
     return max(0, after - before)
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bench.memory import _held
 from bench.record import append, machine, stored
+from bench.serving import held
 from pysteer.ops.lowrank_features import lowrank_features
 from pysteer.weightspace import LoraSet, pca
 from pysteer.weightspace.components import choose
@@ -59,13 +59,13 @@ def timed(function: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
 
 def own_memory(function: Callable[[], Any]) -> float:
     """Bytes by which the memory of the process itself rises while `function` runs; mapped files are not its own."""
-    before = _held("RssAnon")
+    before = held("RssAnon")
     peak, over = before, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not over.wait(0.005):
-            peak = max(peak, _held("RssAnon"))
+            peak = max(peak, held("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

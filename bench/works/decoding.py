@@ -38,7 +38,6 @@ class Work:
     layers: int = 0
 
 
-CACHE = 25  # tokens that a static cache has room for
 # Turns are short: what happens on the machine between two turns is noise in a ratio, many rounds make up for it.
 WORKS = {
     "read 128 tokens": Work(prompt=128),
@@ -50,6 +49,8 @@ WORKS = {
     "sweep of 11 strengths": Work(new=12, strengths=11),
     "sweep of 64 strengths": Work(new=4, strengths=64),
 }
+# One size for all, so that works differ in what they do alone.
+CACHE = 1 + max(work.prompt + work.new for work in WORKS.values() if work.new)
 
 
 def find(name: str) -> Work:

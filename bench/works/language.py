@@ -37,9 +37,7 @@ def write_case(folder: Path, layers: int | None = None) -> None:
     model = smollm2().model
     config = model.config
     if layers is not None:
-        model.model.layers = model.model.layers[:layers]
-        config.num_hidden_layers = layers
-        config.layer_types = config.layer_types[:layers] if getattr(config, "layer_types", None) else None
+        keep_layers(model, layers)
     if hasattr(config, "quantization_config"):  # of the file it came from; the weights are plain fp32 now
         del config.quantization_config
     plain = LlamaForCausalLM(config)
@@ -55,6 +53,14 @@ def write_case(folder: Path, layers: int | None = None) -> None:
             case[f"norms.{i}.{norm}.gain"] = 1 + 0.2 * torch.randn(width, generator=generator)
             case[f"norms.{i}.{norm}.bias"] = 0.05 * torch.randn(width, generator=generator)
     save_file(case, folder / "case.safetensors")
+
+
+def keep_layers(model: Any, layers: int) -> None:
+    """Cut a model down to its first layers."""
+    config = model.config
+    model.model.layers = model.model.layers[:layers]
+    config.num_hidden_layers = layers
+    config.layer_types = config.layer_types[:layers] if getattr(config, "layer_types", None) else None
 
 
 def _for_older_versions(path: Path) -> None:
@@ -146,8 +152,7 @@ def prepare(kind: str, folder: Path, work_name: str) -> Prepared:
     work = find(work_name)
     model, handle = load_model(folder), None
     if work.layers:
-        model.model.layers = model.model.layers[: work.layers]
-        model.config.num_hidden_layers = work.layers
+        keep_layers(model, work.layers)
     set_strength: Callable[[float], None] = lambda value: None  # noqa: E731
     if how == "pysteer":
         model, handle = _with_pysteer(model, folder, sites)

@@ -21,6 +21,9 @@ class _Held:
         return _Held, ()
 
 
+_NOTHING = _Held()
+
+
 class PerObject(Generic[T]):
     """A value per object, which the object itself holds.
 
@@ -36,17 +39,18 @@ class PerObject(Generic[T]):
 
     def get(self, obj: Any, make: Callable[[], T]) -> T:
         """The value of `obj`; made and kept where it has none."""
-        held = vars(obj).get(self.name)
-        if held is None or held.owner is None or held.owner() is not obj:  # a shallow copy has that of the original
-            held = _Held(obj, make())
-            vars(obj)[self.name] = held
-        found: T = held.value
+        found = self.find(obj)
+        if found is None:
+            found = make()
+            self.set(obj, found)
         return found
 
     def find(self, obj: Any) -> T | None:
         """The value of `obj`, None where it has none."""
-        held = vars(obj).get(self.name)
-        return held.value if held is not None and held.owner is not None and held.owner() is obj else None
+        held = vars(obj).get(self.name, _Held())
+        return (
+            held.value if held.owner is not None and held.owner() is obj else None
+        )  # a shallow copy has the original's
 
     def set(self, obj: Any, value: T) -> None:
         """Give `obj` a value."""
