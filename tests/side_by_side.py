@@ -2,6 +2,7 @@
 only the parent has."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,9 @@ def run_ranks(script: Path, *words: str, count: int = 2, seconds: float = 200) -
         try:
             while (codes := [rank.poll() for rank in ranks]) != [0] * count:
                 if any(codes) or time.monotonic() > until:
+                    for rank in ranks:
+                        rank.send_signal(signal.SIGABRT)  # one that still waits says where
+                        rank.wait(30)
                     errors.seek(0)
                     raise AssertionError(f"{script.name}: exit codes {codes}, errors: {errors.read()[-3000:]}")
                 time.sleep(0.05)
