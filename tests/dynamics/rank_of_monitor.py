@@ -19,7 +19,8 @@ def batches(rank: int) -> list[torch.Tensor]:
 
 def main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/meet")  # told how many it serves, the first to leave may remove it under the other
+    # Told how many it serves, a store would be removed by the first to leave, under the other.
+    store = dist.FileStore(f"{folder}/meet")
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.GroupNorm(2, 4)))
