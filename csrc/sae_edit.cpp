@@ -9,9 +9,28 @@
 
 #include "dtype.h"
 #include "packed.h"
+#include "panels.h"
 #include "registry.h"
 #include "steering_call.h"
 
+namespace pysteer {
+namespace {
+
+// Tokens [count][width] and their edits [count][edits]: what they score and which latents they are.
+struct RankedTokens {
+    std::int64_t count, width, edits;
+    const float *floats, *scores;
+    const std::int32_t* own;
+
+    RankedTokens from(std::int64_t t, std::int64_t size) const {
+        return {size, width, edits, floats + t * width, scores + t * edits, own + t * edits};
+    }
+};
+
+}  // namespace
+}  // namespace pysteer
+
+#define PYSTEER_WITH_AMX
 #define PYSTEER_KERNEL "sae_edit.simd.h"
 #include "each_isa.h"
 
@@ -67,11 +86,13 @@ struct SaeEdit {
     }
 };
 
-// Scores of all tokens and how many latents come before each of them; rank k means k or more.
-struct Ranks {
-    std::vector<float> score;
-    std::vector<std::int32_t> before;
-};
+}  // namespace
+}  // namespace pysteer
+
+#include "sae_edit_ranks.h"
+
+namespace pysteer {
+namespace {
 
 struct Block {
     std::int64_t row, first, last;
@@ -110,55 +131,12 @@ void score_for_ranks(const T* x, const SaeEdit& op, const Row& row, std::int64_t
     (scratch, f.width, end - start, f.width, op.encoder_of(row), op.edits, nullptr, scores);
 }
 
-// Ranks the tokens in `left` against the latents [begin, end).
-template <class T, class W>
-void rank_against(const T* x, const SaeEdit& op, const std::vector<std::int64_t>& left, std::int64_t begin,
-                  std::int64_t end, Ranks& ranks) {
-    constexpr std::int64_t kTokens = 48, kLatents = 256;
-    const Frame& f = op.frame;
-    const std::int64_t count = std::int64_t(left.size()), groups = (count + kTokens - 1) / kTokens;
-    const std::int64_t parts = (end - begin + kLatents - 1) / kLatents;
-#pragma omp parallel num_threads(op.threads) if (op.threads > 1)
-    {
-        std::vector<float> tokens(std::min(kTokens, count) * f.width);
-        std::vector<std::int32_t> before(kTokens * op.edits);
-        const float* scores[kTokens];
-        const std::int32_t* own[kTokens];
-        std::int64_t held = -1;
-#pragma omp for schedule(dynamic)
-        for (std::int64_t i = 0; i < groups * parts; ++i) {
-            const std::int64_t group = i / parts, first = begin + i % parts * kLatents;
-            const std::int64_t here = group * kTokens, size = std::min(kTokens, count - here);
-            for (std::int64_t t = 0; t < size && held != group; ++t) {
-                const std::int64_t token = left[here + t], r = token / f.tokens;
-                const T* from = x + r * f.x_row + token % f.tokens * f.x_token;
-                PYSTEER_PICK(gather_token<T>)(from, f.x_channel, f.width, tokens.data() + t * f.width);
-                scores[t] = ranks.score.data() + token * op.edits;
-                own[t] = op.latent_of(op.rows[r]);
-            }
-            held = group;
-            std::fill(before.begin(), before.end(), 0);
-            PYSTEER_PICK(count_before<W>)
-            (tokens.data(), size, f.width, reinterpret_cast<const W*>(op.full.weight), op.full.stride, op.full.bias,
-             first, std::min(first + kLatents, end), op.edits, scores, own, before.data());
-            for (std::int64_t t = 0; t < size; ++t) {
-                for (std::int64_t e = 0; e < op.edits; ++e) {
-                    std::int32_t& total = ranks.before[left[here + t] * op.edits + e];
-#pragma omp atomic
-                    total += before[t * op.edits + e];
-                }
-            }
-        }
-    }
-}
-
-// Ranks against ever more latents; a token stays as long as one of its edits may still be among the first k.
+// Scores all tokens and ranks those that the other conditions of the gate let through.
 template <class T>
-void rank(const T* x, const SaeEdit& op, Ranks& ranks) {
+Ranks score_and_rank(const T* x, const SaeEdit& op) {
     const Frame& f = op.frame;
-    const std::int64_t all = f.rows * f.tokens;
-    ranks.score.assign(all * op.edits, -__builtin_inff());
-    ranks.before.assign(all * op.edits, 0);
+    const std::int64_t all = f.rows * f.tokens * op.edits;
+    Ranks ranks{std::vector<float>(all, -__builtin_inff()), std::vector<std::int32_t>(all, 0)};
     for_blocks(op, [&] {
         return [&, scratch = std::vector<float>(block_of(op) * f.width)](const Block& block) mutable {
             const Row& row = op.rows[block.row];
@@ -171,27 +149,8 @@ void rank(const T* x, const SaeEdit& op, Ranks& ranks) {
             }
         };
     });
-    std::vector<std::int64_t> left;
-    const auto undecided = [&](std::int64_t token) {
-        const Row& row = op.rows[token / f.tokens];
-        for (std::int64_t i = token * op.edits; i < (token + 1) * op.edits; ++i) {
-            if (ranks.before[i] < op.k && op.is_open(row, i - token * op.edits, ranks.score[i])) return true;
-        }
-        return false;
-    };
-    for (std::int64_t token = 0; token < all; ++token) {
-        if (undecided(token)) left.push_back(token);
-    }
-    std::int64_t begin = 0;
-    for (std::int64_t step = 128; begin < op.full.latents && !left.empty(); step *= 2) {
-        const std::int64_t end = std::min(begin + step, op.full.latents);
-        if (op.full.type == DType::float32) rank_against<T, float>(x, op, left, begin, end, ranks);
-        if (op.full.type == DType::bfloat16) rank_against<T, BFloat16>(x, op, left, begin, end, ranks);
-        if (op.full.type == DType::float16) rank_against<T, Float16>(x, op, left, begin, end, ranks);
-        left.erase(std::remove_if(left.begin(), left.end(), [&](std::int64_t token) { return !undecided(token); }),
-                   left.end());
-        begin = end;
-    }
+    rank(x, op, ranks);
+    return ranks;
 }
 
 // What one thread works with.
@@ -281,8 +240,7 @@ void run(std::uintptr_t x_address, std::uintptr_t y_address, std::uintptr_t grad
     const T* source = op.backward ? gradient : x;
     T* y = reinterpret_cast<T*>(y_address);
     const Frame& f = op.frame;
-    Ranks ranks;
-    if (op.is_topk()) rank(x, op, ranks);
+    const Ranks ranks = op.is_topk() ? score_and_rank(x, op) : Ranks{};
     for_blocks(op, [&] {
         return [&, scratch = Scratch(op)](const Block& block) mutable {
             const Row& row = op.rows[block.row];

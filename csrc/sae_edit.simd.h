@@ -1,6 +1,9 @@
 // Inner loops of sae_edit for one instruction set, included by each_isa.h.
 
+namespace {  // names repeat between kernel files
+
 #include "dot_tiles.h"
+#include "panels.simd.h"
 
 template <int kTokens, class X>
 inline void scores_of(const X* x, std::int64_t stride, std::int64_t width, const float* vectors, std::int64_t count,
@@ -244,111 +247,6 @@ void gather_token(const T* x, std::int64_t stride, std::int64_t width, float* to
     }
 }
 
-#if PYSTEER_ISA_LEVEL >= 3
-constexpr int kRankTile = 6;
-#elif PYSTEER_ISA_LEVEL == 2
-constexpr int kRankTile = 3;
-#else
-constexpr int kRankTile = 1;
-#endif
-constexpr int kPanel = 64;           // latents whose partial sums are kept
-constexpr std::int64_t kPart = 640;  // channels at a time: a tile of tokens and four rows stay in the first cache
+#include "sae_edit_ranks.simd.h"
 
-// Goes on with the dot products of kTokens tokens and four rows over channels [begin, end), a multiple of kLanes apart.
-template <int kTokens, class W>
-inline void dot_part(const float* x, std::int64_t stride, const W* const* w, std::int64_t begin, std::int64_t end,
-                     float* sums) {
-    Vec sum[kTokens * 4];
-    for (int i = 0; i < kTokens * 4; ++i) sum[i] = begin ? load(sums + i * kLanes) : zero();
-    for (std::int64_t d = begin; d + kLanes <= end; d += kLanes) {
-        Vec v[kTokens];  // fewer than the weights: with three tokens and AVX2 all registers are taken
-        for (int t = 0; t < kTokens; ++t) v[t] = load(x + t * stride + d);
-        for (int k = 0; k < 4; ++k) {
-            const Vec weights = load(w[k] + d);
-            for (int t = 0; t < kTokens; ++t) sum[t * 4 + k] = fma(v[t], weights, sum[t * 4 + k]);
-        }
-    }
-    for (int i = 0; i < kTokens * 4; ++i) store(sums + i * kLanes, sum[i]);
-}
-
-// Ends them with the channels that do not fill a vector; in all the order of dot_tile.
-template <int kTokens, class W>
-inline void dot_end(const float* x, std::int64_t stride, const W* const* w, std::int64_t width, const float* sums,
-                    float* scores) {
-    Vec sum[kTokens * 4];
-    for (int i = 0; i < kTokens * 4; ++i) sum[i] = load(sums + i * kLanes);
-    if (const int rest = int(width % kLanes)) {
-        const std::int64_t d = width - rest;
-        for (int k = 0; k < 4; ++k) {
-            const Vec weights = load_rest(w[k] + d, rest);
-            for (int t = 0; t < kTokens; ++t) {
-                sum[t * 4 + k] = fma(load_first(x + t * stride + d, rest), weights, sum[t * 4 + k]);
-            }
-        }
-    }
-    for (int i = 0; i < kTokens * 4; i += 4) sum4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3], scores + i);
-}
-
-// The latents of one call to count_before, and what is known of the edits of its tokens.
-template <class W>
-struct Ranking {
-    const W* weight;
-    std::int64_t stride, width;
-    const float* bias;
-    std::int64_t end, edits;
-    const float* const* scores;
-    const std::int32_t* const* own;
-
-    void rows(std::int64_t m, const W** four) const {
-        for (int i = 0; i < 4; ++i) four[i] = weight + std::min(m + i, end - 1) * stride;
-    }
-};
-
-template <int kTokens, class W>
-inline void count_panel(const float* x, std::int64_t t, const Ranking<W>& by, std::int64_t begin, std::int64_t end,
-                        float* sums, std::int32_t* before) {
-    const float* from = x + t * by.width;
-    const std::int64_t whole = by.width - by.width % kLanes;
-    const W* rows[4];
-    constexpr int kSize = kTokens * 4 * kLanes;
-    std::int64_t d = 0;
-    do {
-        for (std::int64_t m = begin; m < end; m += 4) {
-            by.rows(m, rows);
-            dot_part<kTokens>(from, by.width, rows, d, std::min(d + kPart, whole), sums + (m - begin) / 4 * kSize);
-        }
-        d += kPart;
-    } while (d < whole);
-    for (std::int64_t m = begin; m < end; m += 4) {
-        float found[kTokens * 4];
-        by.rows(m, rows);
-        dot_end<kTokens>(from, by.width, rows, by.width, sums + (m - begin) / 4 * kSize, found);
-        for (int i = 0; i < int(std::min<std::int64_t>(4, end - m)); ++i) {
-            const std::int32_t index = std::int32_t(m + i);
-            for (int j = 0; j < kTokens; ++j) {
-                const float other = found[4 * j + i] + by.bias[index];
-                for (std::int64_t e = 0; e < by.edits; ++e) {
-                    const float score = by.scores[t + j][e];
-                    const std::int32_t own = by.own[t + j][e];
-                    before[(t + j) * by.edits + e] +=
-                        (other > score || (other == score && index < own)) && index != own;
-                }
-            }
-        }
-    }
-}
-
-// Adds to before[t, e] how many of the latents [begin, end) come before the edited one. x: [tokens, width].
-template <class W>
-void count_before(const float* x, std::int64_t tokens, std::int64_t width, const W* weight, std::int64_t stride,
-                  const float* bias, std::int64_t begin, std::int64_t end, std::int64_t edits,
-                  const float* const* scores, const std::int32_t* const* own, std::int32_t* before) {
-    const Ranking<W> by{weight, stride, width, bias, end, edits, scores, own};
-    alignas(64) float sums[kRankTile * kPanel * kLanes];
-    for (std::int64_t m = begin; m < end; m += kPanel) {
-        const std::int64_t last = std::min<std::int64_t>(m + kPanel, end);
-        std::int64_t t = 0;
-        for (; t + kRankTile <= tokens; t += kRankTile) count_panel<kRankTile>(x, t, by, m, last, sums, before);
-        for (; t < tokens; ++t) count_panel<1>(x, t, by, m, last, sums, before);
-    }
-}
+}  // namespace

@@ -140,25 +140,31 @@ inline float length(const T* v, std::int64_t n) {
     return __builtin_sqrtf(total);
 }
 
-// sums[t][0..kPanel) of kBlock tokens.
+// sums[t][0..kPanel) of kBlock tokens. Channels are taken some at a time, for all groups of tokens, while their part of
+// the panel lies in the first cache; every sum is added up in the order of the channels all the same.
 inline void multiply(const float* block, const float* panel, std::int64_t width, float* sums) {
-    for (int first = 0; first < kBlock; first += kGroup) {
-        Vec sum[kGroup][kVectors];
-        for (int t = 0; t < kGroup; ++t) {
-            for (int c = 0; c < kVectors; ++c) sum[t][c] = zero();
-        }
-        for (std::int64_t d = 0; d < width; ++d) {
-            const Vec w0 = load(panel + d * kPanel), w1 = load(panel + d * kPanel + kLanes),
-                      w2 = load(panel + d * kPanel + 2 * kLanes);
+    constexpr std::int64_t kDepth = 128;
+    for (std::int64_t start = 0; start < width; start += kDepth) {
+        const std::int64_t end = std::min(start + kDepth, width);
+        for (int first = 0; first < kBlock; first += kGroup) {
+            Vec sum[kGroup][kVectors];
             for (int t = 0; t < kGroup; ++t) {
-                const Vec v = set1(block[d * kBlock + first + t]);
-                sum[t][0] = fma(v, w0, sum[t][0]);
-                sum[t][1] = fma(v, w1, sum[t][1]);
-                sum[t][2] = fma(v, w2, sum[t][2]);
+                const float* kept = sums + (first + t) * kPanel;
+                for (int c = 0; c < kVectors; ++c) sum[t][c] = start ? load(kept + c * kLanes) : zero();
             }
-        }
-        for (int t = 0; t < kGroup; ++t) {
-            for (int c = 0; c < kVectors; ++c) store(sums + (first + t) * kPanel + c * kLanes, sum[t][c]);
+            for (std::int64_t d = start; d < end; ++d) {
+                const Vec w0 = load(panel + d * kPanel), w1 = load(panel + d * kPanel + kLanes),
+                          w2 = load(panel + d * kPanel + 2 * kLanes);
+                for (int t = 0; t < kGroup; ++t) {
+                    const Vec v = set1(block[d * kBlock + first + t]);
+                    sum[t][0] = fma(v, w0, sum[t][0]);
+                    sum[t][1] = fma(v, w1, sum[t][1]);
+                    sum[t][2] = fma(v, w2, sum[t][2]);
+                }
+            }
+            for (int t = 0; t < kGroup; ++t) {
+                for (int c = 0; c < kVectors; ++c) store(sums + (first + t) * kPanel + c * kLanes, sum[t][c]);
+            }
         }
     }
 }

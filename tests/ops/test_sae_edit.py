@@ -127,6 +127,42 @@ def test_the_lowest_index_wins_ties(name: str, width: int) -> None:
     assert (among[..., 4] & ~among[..., 29]).any()
 
 
+@each_backend
+@pytest.mark.parametrize("massive", [0, 4099, 400003])
+def test_ranks_are_exact_where_bounds_are_wide(name: str, massive: int) -> None:
+    """A massive channel takes the others' place in what is rounded off: the more of it, the fewer ranks are certain."""
+    generator = torch.Generator().manual_seed(massive)
+    latents, k, width = 2000, 300, 24
+    x = torch.randint(-3, 4, (2, 90, width), generator=generator).float()
+    full = torch.randint(-3, 4, (latents, width), generator=generator).float()
+    x[..., 0] = massive
+    full[:, 0] = 1.0
+    x[0, 5, 3], x[0, 6, 3], x[1, 7, 3] = torch.inf, -torch.inf, torch.nan
+    latent = torch.tensor([[0, 0], [700, 1900]], dtype=torch.int32)
+    bias = torch.randint(-2, 3, (latents,), generator=generator) + 1.0
+    bias[latent[1].long()] += 20
+    banks = {
+        "encoder": full[latent.long()],
+        "encoder_bias": bias[latent.long()],
+        "decoder": torch.zeros(2, 2, width),
+        "scale": torch.ones(2, 2),
+        "add": torch.ones(2, 2),
+    }
+    banks["decoder"][:, 0, 1], banks["decoder"][:, 1, 2] = 1.0, 1.0
+    extra = {"full_encoder": full, "full_bias": bias, "latent": latent, "k": k}
+    with backend(name):
+        y = sae_edit(x, **banks, **table(2), gate="topk", **extra)
+    every = (x.double().unsqueeze(2) * full.double()).sum(-1) + bias.double()
+    own = every[..., [700, 1900]].unsqueeze(-2)
+    earlier = torch.arange(latents).unsqueeze(1) < torch.tensor([700, 1900])
+    before = (every.unsqueeze(-1) > own) | ((every.unsqueeze(-1) == own) & earlier)
+    is_open = (before.sum(-2) < k) & (own.squeeze(-2) > 0)
+    moved, finite = (y != x)[..., 1:3], x.isfinite().all(-1)
+    assert torch.equal(moved[finite], is_open[finite])
+    assert is_open[finite].any(0).all() and not is_open[finite].all(0).any()
+    assert torch.equal((y[~finite] != x[~finite])[:, 1:3].any(-1), is_open[~finite].any(-1))
+
+
 @pytest.mark.parametrize("name", CPU_VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
