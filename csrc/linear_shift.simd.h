@@ -12,7 +12,7 @@ constexpr bool kMultiplies = true;
 inline void pack_some(const BFloat16* x, std::int64_t stride, std::int64_t count, std::int64_t width,
                       std::uint32_t* panel) {
     for (std::int64_t j = 0; j < kPanel; j += 16) {
-        turn_over(count - j, width / 2, panel + j, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
+        turn_over<kPanel>(count - j, width / 2, panel + j, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
             return _mm512_maskz_loadu_epi32(mask, x + (j + row) * stride + 2 * d);
         });
     }

@@ -38,14 +38,6 @@ void token_floats(const T* x, std::int64_t stride, const float* pre_bias, std::i
     for (; d < width; ++d) out[d] = to_float(x[d * stride]) - (pre_bias ? pre_bias[d] : 0.0f);
 }
 
-// floats: [kBlock][width], `count` of them tokens.
-inline void pack_block(const float* floats, std::int64_t count, std::int64_t width, float* block) {
-    for (std::int64_t t = 0; t < kBlock; ++t) {
-        const float* from = floats + t * width;
-        for (std::int64_t d = 0; d < width; ++d) block[d * kBlock + t] = t < count ? from[d] : 0.0f;
-    }
-}
-
 #if PYSTEER_ISA_LEVEL >= 3
 
 // Turns 16 rows of 16 words over.
@@ -73,9 +65,10 @@ inline void transpose(__m512i (&r)[16]) {
     }
 }
 
-// 16 rows of `depth` words, of which `count` exist, into columns of the panel. `words(row, d, mask)` reads 16 words.
-template <class Words>
-inline void turn_over(std::int64_t count, std::int64_t depth, void* panel, const Words& words) {
+// Up to 16 rows of `depth` words, of which `count` exist, into columns of what has kColumns of them. `words(row, d,
+// mask)` reads 16 words.
+template <int kColumns, class Words>
+inline void turn_over(std::int64_t count, std::int64_t depth, void* to, const Words& words) {
     for (std::int64_t d = 0; d < depth; d += 16) {
         const std::int64_t here = std::min<std::int64_t>(16, depth - d);
         const __mmask16 mask = __mmask16((1u << here) - 1u);
@@ -83,7 +76,12 @@ inline void turn_over(std::int64_t count, std::int64_t depth, void* panel, const
         for (int j = 0; j < 16; ++j) rows[j] = j < count ? words(j, d, mask) : _mm512_setzero_si512();
         transpose(rows);
         for (std::int64_t i = 0; i < here; ++i) {
-            _mm512_storeu_si512(static_cast<char*>(panel) + ((d + i) * kPanel) * 4, rows[i]);
+            char* column = static_cast<char*>(to) + (d + i) * kColumns * 4;
+            if constexpr (kColumns < 16) {
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(column), _mm512_castsi512_si256(rows[i]));
+            } else {
+                _mm512_storeu_si512(column, rows[i]);
+            }
         }
     }
 }
@@ -97,17 +95,34 @@ inline __m512i float_words(const W* p, __mmask16 mask) {
     return _mm512_castps_si512(load(values));
 }
 
-template <class W>
-void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, float* panel) {
-    for (std::int64_t j = 0; j < kPanel; j += 16) {
-        const W* rows = w + (first + j) * f.stride;
-        turn_over(f.latents - first - j, f.width, panel + j, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
-            return float_words(rows + row * f.stride + d, mask);
+// floats: [kBlock][width], `count` of them tokens.
+inline void pack_block(const float* floats, std::int64_t count, std::int64_t width, float* block) {
+    for (std::int64_t t = 0; t < kBlock; t += 16) {
+        turn_over<kBlock>(count - t, width, block + t, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
+            return float_words(floats + (t + row) * width + d, mask);
         });
     }
 }
 
+template <class W>
+void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, float* panel) {
+    for (std::int64_t j = 0; j < kPanel; j += 16) {
+        const W* rows = w + (first + j) * f.stride;
+        turn_over<kPanel>(f.latents - first - j, f.width, panel + j,
+                          [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
+                              return float_words(rows + row * f.stride + d, mask);
+                          });
+    }
+}
+
 #else
+
+inline void pack_block(const float* floats, std::int64_t count, std::int64_t width, float* block) {
+    for (std::int64_t t = 0; t < kBlock; ++t) {
+        const float* from = floats + t * width;
+        for (std::int64_t d = 0; d < width; ++d) block[d * kBlock + t] = t < count ? from[d] : 0.0f;
+    }
+}
 
 template <class W>
 void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, float* panel) {
@@ -252,7 +267,7 @@ void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, std::uint3
         errors[j] *= 1.001f;
     }
     for (std::int64_t j = 0; j < kPanel; j += 16) {
-        turn_over(count - j, pairs, panel + j, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
+        turn_over<kPanel>(count - j, pairs, panel + j, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
             return _mm512_maskz_loadu_epi32(mask, rows[j + row] + 2 * d);
         });
     }

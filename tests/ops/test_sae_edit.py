@@ -159,7 +159,8 @@ def test_ranks_are_exact_where_bounds_are_wide(name: str, massive: int) -> None:
     is_open = (before.sum(-2) < k) & (own.squeeze(-2) > 0)
     moved, finite = (y != x)[..., 1:3], x.isfinite().all(-1)
     assert torch.equal(moved[finite], is_open[finite])
-    assert is_open[finite].any(0).all() and not is_open[finite].all(0).any()
+    assert is_open[finite].any(0).all()
+    assert not is_open[finite].all(0).any()
     assert torch.equal((y[~finite] != x[~finite])[:, 1:3].any(-1), is_open[~finite].any(-1))
 
 

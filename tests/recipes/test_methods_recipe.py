@@ -20,7 +20,7 @@ from pysteer.metrics import Rate
 from pysteer.recipes import methods as module
 from pysteer.recipes.comparison.contenders import NOT_FITTED, find_contenders
 from pysteer.recipes.comparison.places import find_place
-from pysteer.recipes.comparison.trial import choose, kept
+from pysteer.recipes.comparison.trial import around, choose, kept
 from pysteer.recipes.frame import execute
 from pysteer.recipes.prototype.results import Measured
 
@@ -50,7 +50,10 @@ def test_a_run_leaves_everything_and_continues(tmp_path, tiny, monkeypatch):
     keys = ["prototype-clusters-3", "mean-difference-text", "affine-transport-rank-2-ca-block-late-sequential"]
     rows = pq.read_table(folder / "metrics.parquet").to_pylist()
     search = {row["setting"] for row in rows if row["part"] == "search"}
-    assert search == {"baseline", "swap", *(f"{key}@{level}" for key in keys for level in (1, 3))}
+    for key in keys:  # the grid, and both sides of the best of it
+        levels = {float(name.rpartition("@")[2]) for name in search if name.startswith(f"{key}@")}
+        assert levels in ({1, 3, 0.5, 2}, {1, 3, 2, 4})
+    assert len(search) == 2 + 4 * len(keys)
     fresh = {row["setting"] for row in rows if row["part"] == "fresh"}
     controls = {name for name in fresh if name.endswith(("-random", "-shuffled"))}
     assert fresh - controls == {"baseline", "swap", *keys}
@@ -134,6 +137,14 @@ def test_the_rule_that_chooses_a_strength():
     assert choose(doses, 0.95).strength == 3  # the 4 keeps too little, the 2 is further away
     assert choose(doses, 0.9).strength == 4
     assert choose([*doses[3:], measured(5, 1.0, 0.2, 0)], 0.95).strength == 4  # none keeps enough
+
+
+def test_the_search_goes_on_around_the_best_strength():
+    grid = (0.5, 1.0, 2.0)
+    assert around(1.0, grid) == (0.75, 1.5)
+    assert around(0.5, grid) == (0.25, 0.75)
+    assert around(2.0, grid) == (1.5, 2.5)
+    assert around(1.5, (*grid, 0.75, 1.5)) == (1.25, 1.75)
 
 
 SITES = ("ca_block.3", "ca_block.5", "ca.1", "ffn.4")

@@ -20,6 +20,7 @@ class MethodsConfig:
         methods: `all`, or NAME:option=value+option=value@PLACE; the place is visual (where the class is drawn), text
             (the output of the text encoder), or sites/steps/order such as `ca_block/3-4/sequential`.
         strengths: strengths that are searched; empty takes each method's own.
+        refine: how often the search goes on between the best strength and its neighbours, two strengths at a time.
         keep: part of the unsteered rate of every other attribute that a strength has to keep.
         reach: target rate that counts as reached in the summary.
         search_prompts: prompts that choose the strength.
@@ -37,6 +38,7 @@ class MethodsConfig:
     pairs: tuple[str, ...] = ("circle->square", "red->blue")
     methods: tuple[str, ...] = ("all",)
     strengths: tuple[float, ...] = ()
+    refine: int = 1
     keep: float = 0.95
     reach: float = 0.85
     search_prompts: int = 48
@@ -50,7 +52,7 @@ class MethodsConfig:
     sheet_images: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("search_prompts", 2), ("prompts", 2), ("controls", 0), ("sheet_images", 1)):
+        for name, least in (("search_prompts", 2), ("prompts", 2), ("refine", 0), ("controls", 0), ("sheet_images", 1)):
             if getattr(self, name) < least:
                 raise InputError(name, value=getattr(self, name), allowed=f"a whole number from {least}")
         if not self.methods or not self.pairs:

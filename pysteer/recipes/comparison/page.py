@@ -190,13 +190,21 @@ def _pair_section(run: Run, made: PairOutcome, config: MethodsConfig) -> Section
     return Section(slug, pair.name, blocks)
 
 
+def _refining(times: int) -> str:
+    if times == 0:
+        return ""
+    often = "once" if times == 1 else f"{times} times"
+    return f"The search then goes on {often} halfway to the neighbours of the best strength, for every method alike. "
+
+
 def _rule_section(config: MethodsConfig) -> Section:
     text = (
         f"Every method is fitted on the same {config.fit_pairs} prompt pairs, which differ in the class word and share "
         f"their noise. Its strength is chosen on {config.search_prompts} other prompts: of the strengths that keep at "
         f"least {percent(config.keep, 0)} of the unsteered rate of every other attribute, the one with the highest "
         "target rate; of equal ones that with the lowest feature distance; where none keeps that much, the one that "
-        f"keeps most. The tables are measured on {config.prompts} further prompts with other noise."
+        f"keeps most. {_refining(config.refine)}The tables are measured on {config.prompts} further prompts with other "
+        "noise."
     )
     controls = (
         "The random direction moves every token as far as the fitted shift does; it exists where the length of the "

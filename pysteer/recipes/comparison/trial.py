@@ -50,6 +50,15 @@ def choose(doses: Sequence[Measured], least: float) -> Measured:
     return min(good, key=lambda m: (-m.target.value, math.inf if math.isnan(m.distance) else m.distance))
 
 
+def around(best: float, levels: Sequence[float]) -> tuple[float, float]:
+    """The strengths halfway to the neighbours of the best one; 0 is the first's, and the last's lies as far beyond."""
+    order = sorted(levels)
+    at = order.index(best)
+    below = order[at - 1] if at else 0.0
+    above = order[at + 1] if at + 1 < len(order) else 2 * best - below
+    return (below + best) / 2, (best + above) / 2
+
+
 @dataclass
 class Outcome:
     """What became of a method.
@@ -116,7 +125,7 @@ class PairTrial:
         """How many images will be generated, fits included."""
         searched, fresh = len(self.search.test), len(self.fresh.test)
         fits = sum(self._fit_cost(each) for each in self.contenders)
-        doses = sum(len(each.strengths) for each in self.contenders) * searched
+        doses = sum(len(each.strengths) + 2 * self.config.refine for each in self.contenders) * searched
         controls = min(self.config.controls, len(self.contenders))
         most = max((self._fit_cost(each) for each in self.contenders), default=0)
         rows = len(self.contenders) + controls + min(1, controls) + 2
@@ -133,10 +142,10 @@ class PairTrial:
         fits, names = {}, {}
         for each in self.contenders:
             fits[each.key] = self._fit(each, None, advance)
-            doses = self._doses(each, fits[each.key], advance)
+            doses = self._searched(each, fits[each.key], before, advance)
             names[each.key] = list(doses)
             searched |= doses
-        search = measure(PairImages(self.search, headline=searched), self.judge, self.config.drawn)
+        search = self._judged(searched)
         outcomes = []
         for each in self.contenders:
             measured = [search.headline[name] for name in names[each.key]]
@@ -188,13 +197,30 @@ class PairTrial:
             for setting, part in zip((UNSTEERED, SWAP), images.split(count), strict=True)
         }
 
-    def _doses(self, contender: Contender, fitted: Fitted, advance: Advance) -> dict[str, ImageSet]:
+    def _judged(self, images: dict[str, ImageSet]) -> PairResults:
+        return measure(PairImages(self.search, headline=images), self.judge, self.config.drawn)
+
+    def _searched(
+        self, contender: Contender, fitted: Fitted, before: dict[str, ImageSet], advance: Advance
+    ) -> dict[str, ImageSet]:
+        """Search prompts at all strengths of a method and around the best of them, in the order of the strengths."""
+        doses = self._doses(contender, fitted, contender.strengths, "", advance)
+        for again in range(1, self.config.refine + 1):
+            seen = self._judged(before | doses).headline
+            best = choose([seen[name] for name in doses], self.config.keep).strength
+            levels = around(best, [images.setting.level for images in doses.values()])
+            doses |= self._doses(contender, fitted, levels, f"-refined-{again}", advance)
+        return dict(sorted(doses.items(), key=lambda item: item[1].setting.level))
+
+    def _doses(
+        self, contender: Contender, fitted: Fitted, levels: Sequence[float], part: str, advance: Advance
+    ) -> dict[str, ImageSet]:
         """Search prompts at every strength: (strength, prompt) pairs are the rows of full batches."""
-        prompts, levels = self.search.test, contender.strengths
+        prompts = self.search.test
         count, plan = len(prompts), fitted.plan()
         strength = torch.tensor(levels).repeat_interleave(count)
         images = self._stage(
-            f"search/{contender.key}", _repeated(prompts, len(levels)), [plan] * len(strength), strength,
+            f"search/{contender.key}{part}", _repeated(prompts, len(levels)), [plan] * len(strength), strength,
             [contender.place, list(levels)], advance,
         )  # fmt: skip
         found = {}
