@@ -1,4 +1,5 @@
-// Order statistics of products of thin factors on the CPU, without storing a product.
+// What can be said of products of thin factors on the CPU without storing a product: their Gram matrices, from which
+// norms and singular values follow, and order statistics of their elements.
 //
 // Rank 1: the products of one sign are counted by walking two sorted lists, and the answer is bisected. Any other rank:
 // tiles of the product pass three times, and a histogram of eleven, eleven and ten bits finds the answer's bits.
@@ -180,9 +181,43 @@ void lowrank_features(std::uintptr_t up, std::uintptr_t down, std::uintptr_t sca
     }
 }
 
+// B'B [rank, rank], A A' and the sum of all elements of every product B A, in fp64.
+void lowrank_grams(std::uintptr_t up, std::uintptr_t down, std::uintptr_t left, std::uintptr_t right,
+                   std::uintptr_t total, std::int64_t adapters, std::int64_t m, std::int64_t n, std::int64_t rank,
+                   std::int64_t threads) {
+    const py::gil_scoped_release release;
+    const float* b = reinterpret_cast<const float*>(up);
+    const float* a = reinterpret_cast<const float*>(down);
+    double *ours = reinterpret_cast<double*>(left), *theirs = reinterpret_cast<double*>(right);
+    double* sums = reinterpret_cast<double*>(total);
+    const std::int64_t rows = (m + 31) / 32 * 32, columns = (n + 31) / 32 * 32, work = adapters * (m + n) * rank * rank;
+    const int team = int(std::clamp<std::int64_t>(work >> 18, 1, std::max<std::int64_t>(threads, 1)));
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        std::vector<double> wide(rank * std::max(rows, columns)), of_b(rank), of_a(rank);
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < adapters; ++i) {
+            std::fill(wide.begin(), wide.end(), 0.0);
+            for (std::int64_t row = 0; row < m; ++row) {
+                for (std::int64_t k = 0; k < rank; ++k) wide[k * rows + row] = b[(i * m + row) * rank + k];
+            }
+            PYSTEER_PICK(gram_of)(wide.data(), rank, rows, ours + i * rank * rank, of_b.data());
+            std::fill(wide.begin(), wide.end(), 0.0);
+            for (std::int64_t k = 0; k < rank; ++k) {
+                std::copy_n(a + (i * rank + k) * n, n, wide.begin() + k * columns);
+            }
+            PYSTEER_PICK(gram_of)(wide.data(), rank, columns, theirs + i * rank * rank, of_a.data());
+            sums[i] = 0.0;
+            for (std::int64_t k = 0; k < rank; ++k) sums[i] += of_b[k] * of_a[k];
+        }
+    }
+}
+
 void register_lowrank_features(py::module_& m) {
     m.def("lowrank_features", &lowrank_features,
           "Elements of products [m, n] of thin factors by their rank in ascending order, [adapters, count].");
+    m.def("lowrank_grams", &lowrank_grams,
+          "Gram matrices of thin factors and the sums of their products' elements, in fp64.");
 }
 
 PYSTEER_REGISTER_OP(register_lowrank_features)

@@ -22,6 +22,24 @@ inline void write_keys(std::uint32_t* to, Vec v) {
 }
 #endif
 
+// What is small is summed up in 32 parts at a time, an order that does not depend on the instruction set.
+constexpr int kParts = 32;
+
+inline double sum_of(const double* parts) {
+    double sum = 0.0;
+    for (int l = 0; l < kParts; ++l) sum += parts[l];
+    return sum;
+}
+
+// `size` is a multiple of kParts.
+inline double dot(const double* a, const double* b, std::int64_t size) {
+    double parts[kParts] = {};
+    for (std::int64_t i = 0; i < size; i += kParts) {
+        for (int l = 0; l < kParts; ++l) parts[l] += a[i + l] * b[i + l];
+    }
+    return sum_of(parts);
+}
+
 }  // namespace
 
 // Keys of rows 0 to 3 and columns 0 to columns - 1 of a product: four rows of `up` [., rank] with `down` [rank, n], of
@@ -42,6 +60,20 @@ void product_keys(const float* const* up, const float* down, std::int64_t rank, 
         for (int i = 0; i < 4; ++i) {
             write_keys(keys + i * columns + j, sum[i][0]);
             write_keys(keys + i * columns + j + kLanes, sum[i][1]);
+        }
+    }
+}
+
+// Inner products [rank][rank] of `rank` vectors of `size` numbers, and the sum of each.
+void gram_of(const double* vectors, std::int64_t rank, std::int64_t size, double* gram, double* sums) {
+    for (std::int64_t j = 0; j < rank; ++j) {
+        double parts[kParts] = {};
+        for (std::int64_t i = 0; i < size; i += kParts) {
+            for (int l = 0; l < kParts; ++l) parts[l] += vectors[j * size + i + l];
+        }
+        sums[j] = sum_of(parts);
+        for (std::int64_t k = 0; k <= j; ++k) {
+            gram[j * rank + k] = gram[k * rank + j] = dot(vectors + j * size, vectors + k * size, size);
         }
     }
 }

@@ -2,6 +2,8 @@
 
 namespace {  // other kernel files have sums of their own in this namespace
 
+#include "dot_tiles.h"
+
 inline float lanes_of(Vec v) {
     float four[4];
     sum4(v, zero(), zero(), zero(), four);
@@ -67,6 +69,28 @@ inline void join_token(const float* p, float square, const float* offset, const 
         store_first(out + k, found, n);
     }
     for (std::int64_t k = 0; k < count; ++k) out[k] = out[k] < 0.0f ? 0.0f : out[k];  // NaN stays
+}
+
+// a . b
+inline float product(const float* a, const float* b, std::int64_t width) {
+    float found;
+    dot_tile<1, 1>(a, 0, &b, width, &found);
+    return found;
+}
+
+// w = m - Z'Z m for the directions Z [rank][width]. Returns m . w.
+float apply_precision(const float* m, const float* z, std::int64_t rank, std::int64_t width, float* w) {
+    std::copy(m, m + width, w);
+    for (std::int64_t j = 0; j < rank; ++j) {
+        const float* direction = z + j * width;
+        const float along = -product(m, direction, width);
+        std::int64_t d = 0;
+        for (; d + kLanes <= width; d += kLanes) {
+            store(w + d, fma(set1(along), load(direction + d), load(w + d)));
+        }
+        for (; d < width; ++d) w[d] = fma1(along, direction[d], w[d]);
+    }
+    return product(m, w, width);
 }
 
 }  // namespace

@@ -87,18 +87,16 @@ def _joined(w: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((w, factor.flatten(0, -2))).T, torch.cat((w.new_full((count,), -2.0).diag(), -owners))
 
 
-def _compiled_pieces(
-    moved: Tensor, middle: Tensor, w: Tensor, offset: Tensor, factor: Tensor | None, scale: Tensor | None
-) -> Tensor:
+def _compiled_pieces(moved: Tensor, centre: Tensor, factor: Tensor | None, scale: Tensor | None) -> Tensor:
     """The C++ passes around torch's matrix product; `moved` [R, *tokens, D] has its channels side by side."""
     extension, threads = backends.extension(), torch.get_num_threads()
-    width, count = moved.shape[-1], len(w)
-    vectors = (
-        w
-        if factor is None
-        else torch.cat((w, (factor if factor.dim() == 2 else factor.transpose(0, 1)).flatten(0, -2)))
-    )
-    rank, own = 0 if factor is None else factor.shape[-2], factor is not None and factor.dim() == 3
+    (count, width), own = centre.shape, factor is not None and factor.dim() == 3
+    rank = 0 if factor is None else factor.shape[-2]
+    middle, offset = torch.empty(width), torch.empty(count)
+    vectors = torch.empty(count * (rank + 1) if own else count + rank, width)
+    z = None if factor is None else factor.contiguous()
+    given = addresses(centre.contiguous(), z, middle, vectors, offset)
+    extension.quadratic_distance_centres(*given, count, rank, width, own)
     c = None if scale is None else scale.contiguous()
     out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
     size = min(max(_CHUNK // max(width, len(vectors), 1), 1), len(out))
@@ -117,9 +115,13 @@ def _compiled_pieces(
 
 
 def _plain_pieces(
-    moved: Tensor, middle: Tensor, w: Tensor, offset: Tensor, factor: Tensor | None, precision: Tensor | None
+    moved: Tensor, centre: Tensor, factor: Tensor | None, scale: Tensor | None, precision: Tensor | None
 ) -> Tensor:
-    """The same in torch, without the scale and the bound."""
+    """The same in torch."""
+    middle = centre.mean(0)
+    m = centre - middle
+    w = _applied(m, factor, precision)
+    offset = (m * w).sum(-1)
     width, count = moved.shape[-1], len(w)
     vectors, sums = (w.T, None) if factor is None else _joined(w, factor)
     out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
@@ -139,7 +141,9 @@ def _plain_pieces(
             squares += torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).square_()
         else:
             squares += torch.mm(tokens, precision).mul_(tokens).sum(-1, keepdim=True)
-    return out
+    if scale is not None:
+        out *= scale
+    return out.clamp_min_(0)
 
 
 def _in_pieces(
@@ -153,19 +157,12 @@ def _in_pieces(
 ) -> Tensor:
     """The same as the reference, a piece of the tokens at a time: what lies between stays in the cache."""
     moved = x.movedim(channel_dim, -1)
-    middle = centre.mean(0)
-    m = centre - middle
     factor = None if factor is None or factor.numel() == 0 else factor
     with full_precision(x):
-        w = _applied(m, factor, precision)
-        offset = (m * w).sum(-1)
         if compiled:
-            out = _compiled_pieces(moved, middle, w, offset, factor, scale)
+            out = _compiled_pieces(moved, centre, factor, scale)
         else:
-            out = _plain_pieces(moved, middle, w, offset, factor, precision)
-            if scale is not None:
-                out *= scale
-            out.clamp_min_(0)
+            out = _plain_pieces(moved, centre, factor, scale, precision)
     return out.reshape(*moved.shape[:-1], len(centre))
 
 
