@@ -72,7 +72,8 @@ def looped(lm: LanguageModel, folder: Path, strength: float, prompts: list[str],
     try:
         texts: list[str] = []
         for start in range(0, len(prompts), batch):
-            texts += lm.generate(prompts[start : start + batch], max_new_tokens=tokens, min_new_tokens=tokens)
+            # As many tokens for every prompt: no token ends a text, and none is forbidden, unlike with min_new_tokens.
+            texts += lm.generate(prompts[start : start + batch], max_new_tokens=tokens, eos_token_id=-1)
         return texts
     finally:
         for handle in handles:
