@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import shlex
 import subprocess
 import sys
@@ -83,6 +84,9 @@ def stand_in(mark, folder, monkeypatch):
         place = save_tiny_model(folder / "lm")
         monkeypatch.setattr(language, "smollm2", lambda: language.LanguageModel.from_pretrained(place))
         return {"pysteer": pysteer}  # imported by the block before
+    if "adapters" in mark:
+        pytest.importorskip("diffusers")
+        shutil.copytree(ROOT / "examples" / "weightspace" / "collection", folder / "collection")
     if "tiny pipeline" in mark:
         pytest.importorskip("diffusers")
         import tiny_diffusion
