@@ -3,8 +3,8 @@
 import ast
 import os
 import re
-import shutil
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
