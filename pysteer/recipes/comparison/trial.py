@@ -224,9 +224,9 @@ class PairTrial:
             [contender.place, list(levels)], advance,
         )  # fmt: skip
         found = {}
-        for level, part in zip(levels, images.split(count), strict=True):
+        for level, drawn in zip(levels, images.split(count), strict=True):
             setting = self._setting(f"{contender.key}@{level:g}", contender.label, "steered", level)
-            found[setting.key] = ImageSet(setting, prompts, part)
+            found[setting.key] = ImageSet(setting, prompts, drawn)
         return found
 
     def _measured(self, outcome: Outcome, controls: dict[str, Fitted], advance: Advance) -> dict[str, ImageSet]:
