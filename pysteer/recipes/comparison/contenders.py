@@ -18,7 +18,7 @@ NOT_FITTED = ("vector_steering", "channel_steering", "sae_steering")  # to promp
 _STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5)
 # How each method takes part in `all`: with options under which it does best. Those without an entry have their default
 # options, and the visual place. Maps of tokens are fitted on tokens; along one direction of the text only `replace`
-# turns the class, since what is added reaches every word.
+# turns the class, since what is added reaches every word, but prototypes of words move the word of the class alone.
 _VARIANTS = {
     "affine_transport": ("affine_transport:rank=8", "affine_transport:rank=none"),
     "aura": ("aura:pooled=false",),
@@ -27,7 +27,8 @@ _VARIANTS = {
     "gaussian_transport": ("gaussian_transport:pooled=false",),
     "linear_act": ("linear_act:pooled=false",),
     "linear_transport": ("linear_transport:pooled=false",),
-    "prototype": ("prototype:clusters=256",),
+    "norm_preserving": ("norm_preserving", "norm_preserving:method=prototype@text"),
+    "prototype": ("prototype:clusters=256", "prototype:clusters=64@text"),
 }
 _WORDS = {"rank=none": "full", "pooled=false": "per token", "per_token=true": "per token"}
 # A constant shift needs more of it, a direction in the text is replaced beyond the mean of the target.
