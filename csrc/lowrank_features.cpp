@@ -11,6 +11,14 @@
 
 #include "registry.h"
 
+namespace pysteer {
+namespace {
+
+constexpr int kParts = 32;  // of a sum in fp64: its order does not depend on the instruction set
+
+}  // namespace
+}  // namespace pysteer
+
 #define PYSTEER_KERNEL "lowrank_features.simd.h"
 #include "each_isa.h"
 
@@ -190,7 +198,8 @@ void lowrank_grams(std::uintptr_t up, std::uintptr_t down, std::uintptr_t left, 
     const float* a = reinterpret_cast<const float*>(down);
     double *ours = reinterpret_cast<double*>(left), *theirs = reinterpret_cast<double*>(right);
     double* sums = reinterpret_cast<double*>(total);
-    const std::int64_t rows = (m + 31) / 32 * 32, columns = (n + 31) / 32 * 32, work = adapters * (m + n) * rank * rank;
+    const auto padded = [](std::int64_t size) { return (size + kParts - 1) / kParts * kParts; };
+    const std::int64_t rows = padded(m), columns = padded(n), work = adapters * (m + n) * rank * rank;
     const int team = int(std::clamp<std::int64_t>(work >> 18, 1, std::max<std::int64_t>(threads, 1)));
 #pragma omp parallel num_threads(team) if (team > 1)
     {

@@ -22,9 +22,6 @@ inline void write_keys(std::uint32_t* to, Vec v) {
 }
 #endif
 
-// What is small is summed up in 32 parts at a time, an order that does not depend on the instruction set.
-constexpr int kParts = 32;
-
 inline double sum_of(const double* parts) {
     double sum = 0.0;
     for (int l = 0; l < kParts; ++l) sum += parts[l];

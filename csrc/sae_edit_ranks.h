@@ -132,6 +132,7 @@ void rank_against(const T* x, const SaeEdit& op, const std::vector<std::int64_t>
     RankTile tile(most, op.frame.width, op.edits);
     for (std::int64_t start = 0; start < all; start += most) {
         const std::int64_t count = std::min(most, all - start), *token = left.data() + start;
+#pragma omp parallel for num_threads(op.threads) if (op.threads > 1)
         for (std::int64_t t = 0; t < count; ++t) seat(x, op, ranks, token[t], t, tile);
         if (way == Way::dots || count < kFew) {
             rank_tile_by_dots<W>(op, count, begin, end, tile);

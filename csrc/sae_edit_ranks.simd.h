@@ -44,13 +44,12 @@ void rank_by_all_dots(const W* w, const LatentFrame& f, std::int64_t begin, std:
     }
 }
 
-// Between what the pre-activations of a token lie that are known up to a margin; see `screen` in sae_encode.simd.h.
+// Between what the pre-activations of a token lie that are known up to a margin.
 inline void bounds(const float* sums, const float* bias, std::int64_t lanes, const TokenNorm& norm,
                    const PanelMemory& memory, float* lower, float* upper) {
     for (std::int64_t j = 0; j < lanes; ++j) {
         const float a = sums[j] + bias[j];
-        const float margin = norm.error * memory.sizes[j] + norm.kept * memory.errors[j];
-        const float all = __builtin_fabsf(a) * 0x1p-21f + margin + 0x1p-110f;  // subnormal products may count as 0
+        const float all = margin_of(a, norm, memory.sizes[j], memory.errors[j]) + 0x1p-110f;  // subnormals may be lost
         lower[j] = a - all;
         upper[j] = a + all;
     }

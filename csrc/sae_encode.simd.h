@@ -64,8 +64,7 @@ inline void append(Candidates& mine, float upper, float lower, std::int64_t inde
 inline void screen(const float* sums, const PanelOf& panel, const TokenNorm& norm, Candidates& mine) {
     for (std::int64_t j = 0; j < panel.count; ++j) {
         const float a = sums[j] + panel.bias[j];
-        const float margin = norm.error * panel.sizes[j] + norm.kept * panel.errors[j];
-        const float all = __builtin_fabsf(a) * 0x1p-21f + margin;
+        const float all = margin_of(a, norm, panel.sizes[j], panel.errors[j]);
         if (a + all < mine.limit || (panel.threshold && a + all <= panel.threshold[j])) continue;
         const bool sure = !panel.threshold || a - all > panel.threshold[j];
         append(mine, a + all, sure ? a - all : -__builtin_inff(), panel.first + j);

@@ -400,6 +400,12 @@ void pack_latents(const W* w, const LatentFrame& f, std::int64_t first, const Pa
     }
 }
 
+// How far a pre-activation `a` of a token, from packed products, may be from what exact products give.
+inline float margin_of(float a, const TokenNorm& norm, float size, float error) {
+    const float margin = norm.error * size + norm.kept * error;
+    return __builtin_fabsf(a) * 0x1p-21f + margin;
+}
+
 inline void multiply_block(const PackedTokens& x, std::int64_t b, const PanelMemory& memory, std::int64_t width,
                            float* sums) {
 #if PYSTEER_ISA_LEVEL >= 4

@@ -99,7 +99,7 @@ def _compiled_pieces(moved: Tensor, centre: Tensor, factor: Tensor | None, scale
     extension.quadratic_distance_centres(*given, count, rank, width, own)
     c = None if scale is None else scale.contiguous()
     out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
-    size = min(max(2 * _CHUNK // max(width, len(vectors), 1), 1), len(out))  # fewer numbers a token than in torch
+    size = min(max(2 * _CHUNK // max(width, len(vectors), 1), 1), len(out))  # measured: twice what suits torch
     tokens, products = torch.empty((size, width)), torch.empty((size, len(vectors)))
     squares, start = torch.empty(size), 0
     for piece in _pieces(moved, size):
