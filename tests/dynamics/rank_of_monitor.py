@@ -3,6 +3,7 @@
 python tests/dynamics/rank_of_monitor.py RANK FOLDER
 """
 
+import gc
 import sys
 
 import torch
@@ -17,11 +18,7 @@ def batches(rank: int) -> list[torch.Tensor]:
     return [torch.randn(rank + 1, 4, 3, 3, generator=generator) for _ in range(2)]
 
 
-def main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    # Told how many it serves, a store would be removed by the first to leave, under the other.
-    store = dist.FileStore(f"{folder}/meet")
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def watch(rank: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.GroupNorm(2, 4)))
     with Monitor(model, "norm", every=1) as monitor:
@@ -30,7 +27,18 @@ def main(rank: int, folder: str) -> None:
         if rank == 1:
             model.eval()(torch.ones(1, 4, 3, 3))  # validation on one rank alone
         windows = monitor.step(1)
-    torch.save([window.moments for window in windows], f"{folder}/{rank}.pt")
+    return [window.moments for window in windows]
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    # Told how many it serves, a store would be removed by the first to leave, under the other.
+    store = dist.FileStore(f"{folder}/meet")
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.save(watch(rank), f"{folder}/{rank}.pt")
+    # The parallel model has to be gone before the group: if it is the last to hold the group, it waits for a thread
+    # of gloo, with the lock of the interpreter, for which that thread waits.
+    gc.collect()
     dist.destroy_process_group()
 
 

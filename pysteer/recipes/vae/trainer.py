@@ -193,8 +193,8 @@ class Trainer:
         finally:
             if monitor is not None:
                 monitor.detach()
-            if trackers:
-                self.accelerator.end_training()
+            for tracker in self.accelerator.trackers if trackers else ():
+                tracker.finish()  # end_training would also leave the process group, which later trainings need
         self.finish()
 
     def _start_trackers(self) -> bool:
