@@ -2,8 +2,8 @@
 //
 // First: the middle of the centres, and the vectors that tokens are multiplied with: w_k = P_k (m_k - middle) / c, then
 // the directions Z. Before: tokens less the middle of the centres in fp32, and their squares. After: the squared
-// distances, from the products with the vectors w_k and with the directions Z. The inner loops are in
-// quadratic_distance.simd.h.
+// distances, from the products with the vectors w_k and with the directions Z. Under a dense P the squares are
+// x . Px, one pass over what torch multiplied. The inner loops are in quadratic_distance.simd.h.
 
 #include <algorithm>
 #include <cstdint>
@@ -67,6 +67,18 @@ void prepare_centres(std::uintptr_t centre, std::uintptr_t factor, std::uintptr_
     }
 }
 
+// squares[t] = x_t . (P x)_t of centred tokens and their products with a dense matrix.
+void square_by_products(std::uintptr_t tokens, std::uintptr_t products, std::uintptr_t squares, std::int64_t count,
+                        std::int64_t width, std::int64_t threads) {
+    const py::gil_scoped_release release;
+    const float *x = reinterpret_cast<const float*>(tokens), *p = reinterpret_cast<const float*>(products);
+    float* s = reinterpret_cast<float*>(squares);
+    const int number = threads_for(count * width * 8, threads);
+    const auto one = PYSTEER_PICK(product);
+#pragma omp parallel for num_threads(number) if (number > 1)
+    for (std::int64_t t = 0; t < count; ++t) s[t] = one(x + t * width, p + t * width, width);
+}
+
 // products: [tokens, count + directions], then [rank], or [rank, count] when `own`; scale: [1] or [count] or none.
 void join_distances(std::uintptr_t products, std::uintptr_t squares, std::uintptr_t offset, std::uintptr_t scale,
                     std::uintptr_t out, std::int64_t tokens, std::int64_t count, std::int64_t rank, bool own,
@@ -91,6 +103,7 @@ void register_quadratic_distance(py::module_& m) {
         "The middle of the centres, the vectors that tokens are multiplied with, and the constants of the distances.");
     m.def("quadratic_distance_tokens", &center_tokens,
           "Tokens less a vector in fp32, and the squares of what is left.");
+    m.def("quadratic_distance_squares", &square_by_products, "Squares of tokens under a dense matrix.");
     m.def("quadratic_distance", &join_distances, "Squared distances from the products of centred tokens.");
 }
 

@@ -72,7 +72,7 @@ inline void join_token(const float* p, float square, const float* offset, const 
 }
 
 // a . b
-inline float product(const float* a, const float* b, std::int64_t width) {
+float product(const float* a, const float* b, std::int64_t width) {
     float found;
     dot_tile<1, 1>(a, 0, &b, width, &found);
     return found;

@@ -103,7 +103,7 @@ void rank_panel(const W* w, const LatentFrame& f, std::int64_t first, const floa
                 const PackedTokens& x, const PanelMemory& memory, std::int32_t* before, std::int32_t* doubts) {
     alignas(64) float sums[kBlock * kPanel];
     float lower[kPanel], upper[kPanel];
-    pack_latents(w, f, first, memory);
+    pack_latents(w, f, first, true, memory);
     const std::int64_t lanes = std::min<std::int64_t>(kPanel, f.latents - first);
     start_tiles();
     for (std::int64_t b = 0; b < ceil_div(x.count, kBlock); ++b) {

@@ -86,7 +86,7 @@ template <class W>
 void screen_panel(const W* w, const LatentFrame& f, std::int64_t first, const PackedTokens& x, std::int64_t begin,
                   std::int64_t end, const Selection& selection, const PanelMemory& memory, Candidates* candidates) {
     alignas(64) float sums[kBlock * kPanel];
-    pack_latents(w, f, first, memory);
+    pack_latents(w, f, first, true, memory);
     PanelOf panel = selection.panel(first, kPanel);
     panel.sizes = memory.sizes;
     panel.errors = memory.errors;

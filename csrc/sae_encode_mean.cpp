@@ -14,6 +14,8 @@ struct MeanOf {
     const float* folded;            // subtracted from all tokens by way of the bias, or null
 };
 
+constexpr std::int64_t kMostPanels = 4;  // of latents that a thread has packed at once
+
 }  // namespace
 }  // namespace pysteer
 
@@ -36,29 +38,49 @@ struct EncodeMean {
     int threads;
 };
 
+// The first panel of every piece of work, and the end: as many at once as stay in a second cache next to a block of
+// tokens, fewer towards the end, so that threads end together.
+std::vector<std::int64_t> pieces_of(std::int64_t panels, const EncodeMean& op) {
+    constexpr std::int64_t budget = 1 << 20;
+    const std::int64_t most = budget / (kWidestPanel * op.latents.width * (op.pairs ? 2 : 4));
+    std::vector<std::int64_t> starts = {0};
+    while (starts.back() < panels) {
+        const std::int64_t share = (panels - starts.back()) / (2 * op.threads);
+        starts.push_back(starts.back() + std::clamp<std::int64_t>(std::min(most, share), 1, kMostPanels));
+    }
+    return starts;
+}
+
 // Adds tokens [start, start + count) to the means. A panel of latents belongs to one thread, so tokens are added in
 // their order.
 template <class T, class W>
 void add_some(const EncodeMean& op, std::int64_t start, std::int64_t count, const T* x, const W* w,
               const TokenBuffers& buffers) {
     const std::int64_t block = PYSTEER_PICK(block_size)(), panel = PYSTEER_PICK(panel_size)();
-    const std::int64_t panels = ceil_div(op.latents.latents, panel);
-    const PackedTokens packed = buffers.tokens(count);
+    const std::vector<std::int64_t> starts = pieces_of(ceil_div(op.latents.latents, panel), op);
+    const std::int64_t pieces = std::int64_t(starts.size()) - 1, most = pieces > 0 ? starts[1] : 0;
+    PackedTokens packed = buffers.tokens(count);
+    packed.norms = nullptr;  // no margins here
     std::vector<const T*> tokens(count);
     for (std::int64_t t = 0; t < count; ++t) tokens[t] = x + op.tokens.offset(start + t);
     std::atomic<std::int64_t> next{0};
 #pragma omp parallel num_threads(op.threads) if (op.threads > 1)
     {
-        const PanelBuffers own(op.latents.width, op.pairs);
-        const PanelMemory memory = own.memory();
+        std::vector<PanelBuffers> own;
+        std::vector<PanelMemory> memory;
+        for (std::int64_t p = 0; p < most; ++p) {
+            own.emplace_back(op.latents.width, op.pairs);
+            memory.push_back(own.back().memory());
+        }
 #pragma omp for schedule(static)
         for (std::int64_t b = 0; b < ceil_div(count, block); ++b) {
             PYSTEER_PICK(pack_tokens<T>)
-            (tokens.data(), op.tokens.channel_stride, op.pre_bias, op.latents.width, packed, b, memory);
+            (tokens.data(), op.tokens.channel_stride, op.pre_bias, op.latents.width, packed, b, memory[0]);
         }
-        for (std::int64_t p = next++; p < panels; p = next++) {
-            PYSTEER_PICK(mean_panel<W>)
-            (w, op.latents, p * panel, packed, start, op.tokens.tokens, op.of, memory, op.means);
+        for (std::int64_t i = next++; i < pieces; i = next++) {
+            PYSTEER_PICK(mean_panels<W>)
+            (w, op.latents, starts[i] * panel, starts[i + 1] - starts[i], packed, start, op.tokens.tokens, op.of,
+             memory.data(), op.means);
         }
     }
 }

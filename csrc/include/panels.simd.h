@@ -104,6 +104,19 @@ inline void pack_block(const float* floats, std::int64_t count, std::int64_t wid
     }
 }
 
+// Packs tokens where they lie, channels side by side, less a bias if there is one.
+template <class T>
+inline void pack_block_in_place(const T* const* tokens, std::int64_t count, const float* pre_bias, std::int64_t width,
+                                float* block) {
+    for (std::int64_t t = 0; t < kBlock; t += 16) {
+        turn_over<kBlock>(count - t, width, block + t, [&](std::int64_t row, std::int64_t d, __mmask16 mask) {
+            const __m512i words = float_words(tokens[t + row] + d, mask);
+            if (!pre_bias) return words;
+            return _mm512_castps_si512(sub(_mm512_castsi512_ps(words), _mm512_maskz_loadu_ps(mask, pre_bias + d)));
+        });
+    }
+}
+
 template <class W>
 void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, float* panel) {
     for (std::int64_t j = 0; j < kPanel; j += 16) {
@@ -229,7 +242,7 @@ inline void pack_block(const float* floats, std::int64_t count, std::int64_t wid
         if (t < count) {
             float size, error;
             round_row(floats + t * width, width, rounded, &size, &error);
-            norms[t] = {(size + error) * 1.001f, (error + share * size) * 1.001f};
+            if (norms) norms[t] = {(size + error) * 1.001f, (error + share * size) * 1.001f};
         }
 #if PYSTEER_ISA_LEVEL == 5
         if (t < count) std::memcpy(block + t * pair_depth(width), rounded, pairs * sizeof(std::uint32_t));
@@ -239,30 +252,32 @@ inline void pack_block(const float* floats, std::int64_t count, std::int64_t wid
     }
 }
 
-// A latent as pairs: where it lies, or rounded.
-inline const BFloat16* as_pairs(const BFloat16* w, std::int64_t width, BFloat16* rounded, float* size, float* error) {
+// A latent as pairs: where it lies, or rounded. A latent that lies there gets its length only if `sized`.
+inline const BFloat16* as_pairs(const BFloat16* w, std::int64_t width, bool sized, BFloat16* rounded, float* size,
+                                float* error) {
     if (width % 2) {
         round_row(w, width, rounded, size, error);
         return rounded;
     }
-    *size = length(w, width);
+    *size = sized ? length(w, width) : 0.0f;
     *error = 0.0f;
     return w;
 }
 template <class W>
-inline const BFloat16* as_pairs(const W* w, std::int64_t width, BFloat16* rounded, float* size, float* error) {
+inline const BFloat16* as_pairs(const W* w, std::int64_t width, bool, BFloat16* rounded, float* size, float* error) {
     round_row(w, width, rounded, size, error);
     return rounded;
 }
 
 // rounded: [kPanel][width + 2].
 template <class W>
-void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, std::uint32_t* panel, float* sizes, float* errors,
-                BFloat16* rounded) {
+void pack_panel(const W* w, const LatentFrame& f, std::int64_t first, std::uint32_t* panel, bool sized, float* sizes,
+                float* errors, BFloat16* rounded) {
     const std::int64_t count = std::min<std::int64_t>(kPanel, f.latents - first), pairs = (f.width + 1) / 2;
     const BFloat16* rows[kPanel];
     for (std::int64_t j = 0; j < count; ++j) {
-        rows[j] = as_pairs(w + (first + j) * f.stride, f.width, rounded + j * (f.width + 2), sizes + j, errors + j);
+        BFloat16* own = rounded + j * (f.width + 2);
+        rows[j] = as_pairs(w + (first + j) * f.stride, f.width, sized, own, sizes + j, errors + j);
         sizes[j] *= 1.001f;
         errors[j] *= 1.001f;
     }
@@ -362,39 +377,46 @@ inline void start_tiles() {}
 inline void finish_tiles() {}
 #endif
 
-// Packs block b of the tokens. floats: [kBlock][width].
+// Packs block b of the tokens, with what the margins need if `x.norms` is there. floats: [kBlock][width].
 template <class T>
 void pack_tokens(const T* const* tokens, std::int64_t stride, const float* pre_bias, std::int64_t width,
                  const PackedTokens& x, std::int64_t b, const PanelMemory& memory) {
     const std::int64_t first = b * kBlock, count = std::min<std::int64_t>(kBlock, x.count - first);
+#if PYSTEER_ISA_LEVEL >= 3
+    if (!x.pairs && !x.norms && stride == 1) {
+        pack_block_in_place(tokens + first, count, pre_bias, width, x.floats + first * x.depth);
+        return;
+    }
+#endif
     for (std::int64_t t = 0; t < count; ++t) {
         token_floats(tokens[first + t], stride, pre_bias, width, memory.floats + t * width);
     }
     const float share = float(width + 32) * 0x1p-22f;  // bounds twice the rounding of a sum of products
 #if PYSTEER_ISA_LEVEL >= 4
     if (x.pairs) {
-        pack_block(memory.floats, count, width, x.pairs + first * x.depth, memory.rounded, share, x.norms + first);
+        pack_block(memory.floats, count, width, x.pairs + first * x.depth, memory.rounded, share,
+                   x.norms ? x.norms + first : nullptr);
         return;
     }
 #endif
     pack_block(memory.floats, count, width, x.floats + first * x.depth);
-    for (std::int64_t t = 0; t < count; ++t) {
+    for (std::int64_t t = 0; t < (x.norms ? count : 0); ++t) {
         const float size = length(memory.floats + t * width, width) * 1.001f;
         x.norms[first + t] = {size, share * size};
     }
 }
 
-// Packs a panel of latents, with the lengths that the margins need.
+// Packs a panel of latents, with the lengths that the margins need if `sized`.
 template <class W>
-void pack_latents(const W* w, const LatentFrame& f, std::int64_t first, const PanelMemory& memory) {
+void pack_latents(const W* w, const LatentFrame& f, std::int64_t first, bool sized, const PanelMemory& memory) {
 #if PYSTEER_ISA_LEVEL >= 4
     if (memory.pairs) {
-        pack_panel(w, f, first, memory.pairs, memory.sizes, memory.errors, memory.rounded);
+        pack_panel(w, f, first, memory.pairs, sized, memory.sizes, memory.errors, memory.rounded);
         return;
     }
 #endif
     pack_panel(w, f, first, memory.panel);
-    for (std::int64_t j = 0; j < std::min<std::int64_t>(kPanel, f.latents - first); ++j) {
+    for (std::int64_t j = 0; j < (sized ? std::min<std::int64_t>(kPanel, f.latents - first) : 0); ++j) {
         memory.sizes[j] = length(w + (first + j) * f.stride, f.width) * 1.001f;
         memory.errors[j] = 0.0f;
     }

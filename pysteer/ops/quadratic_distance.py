@@ -87,7 +87,9 @@ def _joined(w: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((w, factor.flatten(0, -2))).T, torch.cat((w.new_full((count,), -2.0).diag(), -owners))
 
 
-def _compiled_pieces(moved: Tensor, centre: Tensor, factor: Tensor | None, scale: Tensor | None) -> Tensor:
+def _compiled_pieces(
+    moved: Tensor, centre: Tensor, factor: Tensor | None, scale: Tensor | None, precision: Tensor | None
+) -> Tensor:
     """The C++ passes around torch's matrix product; `moved` [R, *tokens, D] has its channels side by side."""
     extension, threads = backends.extension(), torch.get_num_threads()
     (count, width), own = centre.shape, factor is not None and factor.dim() == 3
@@ -97,10 +99,15 @@ def _compiled_pieces(moved: Tensor, centre: Tensor, factor: Tensor | None, scale
     z = None if factor is None else factor.contiguous()
     given = addresses(centre.contiguous(), z, middle, vectors, offset)
     extension.quadratic_distance_centres(*given, count, rank, width, own)
+    if precision is not None:  # so far P was the identity
+        centred = vectors
+        vectors = centred @ precision
+        offset = (centred * vectors).sum(-1)
     c = None if scale is None else scale.contiguous()
     out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
     size = min(max(2 * _CHUNK // max(width, len(vectors), 1), 1), len(out))  # measured: twice what suits torch
     tokens, products = torch.empty((size, width)), torch.empty((size, len(vectors)))
+    dense = None if precision is None else torch.empty((size, width))
     squares, start = torch.empty(size), 0
     for piece in _pieces(moved, size):
         n, code = len(piece), DTYPE_CODES[piece.dtype]
@@ -108,6 +115,9 @@ def _compiled_pieces(moved: Tensor, centre: Tensor, factor: Tensor | None, scale
             *addresses(piece, middle, tokens, squares), n, width, piece.stride(0), code, threads
         )
         torch.mm(tokens[:n], vectors.T, out=products[:n])
+        if dense is not None and precision is not None:
+            torch.mm(tokens[:n], precision, out=dense[:n])
+            extension.quadratic_distance_squares(*addresses(tokens, dense, squares), n, width, threads)
         given = addresses(products, squares, offset, c, out[start : start + n])
         extension.quadratic_distance(*given, n, count, rank, own, c is not None and c.numel() > 1, threads)
         start += n
@@ -160,15 +170,13 @@ def _in_pieces(
     factor = None if factor is None or factor.numel() == 0 else factor
     with full_precision(x):
         if compiled:
-            out = _compiled_pieces(moved, centre, factor, scale)
+            out = _compiled_pieces(moved, centre, factor, scale, precision)
         else:
             out = _plain_pieces(moved, centre, factor, scale, precision)
     return out.reshape(*moved.shape[:-1], len(centre))
 
 
-def _choose(x: Tensor, factor: Tensor | None, precision: Tensor | None, channel_dim: int) -> Launch:
-    if precision is not None:
-        return Launch("reference")  # matrix products and little else
+def _choose(x: Tensor, factor: Tensor | None, channel_dim: int) -> Launch:
     factors = factor is not None and factor.numel() > 0
 
     def serves(name: str) -> bool:
@@ -203,7 +211,7 @@ def _forward(
     precision: Tensor | None,
     channel_dim: int,
 ) -> Tensor:
-    launch = _choose(x, factor, precision, channel_dim)
+    launch = _choose(x, factor, channel_dim)
     if launch.backend == "triton":
         assert factor is not None
         return _launched(x, centre, factor, scale, channel_dim, launch)
@@ -335,10 +343,8 @@ def _make_inputs(case: Case) -> dict[str, Any]:
     return {"x": x, **given, "channel_dim": channel_dim, **options}
 
 
-def _implementation(
-    x: Tensor, factor: Tensor | None = None, precision: Tensor | None = None, channel_dim: int = -1, **_: Any
-) -> str:
-    return _choose(x, factor, precision, channel_dim).backend
+def _implementation(x: Tensor, factor: Tensor | None = None, channel_dim: int = -1, **_: Any) -> str:
+    return _choose(x, factor, channel_dim).backend
 
 
 SPEC = OpSpec(
@@ -348,7 +354,7 @@ SPEC = OpSpec(
     make_inputs=_make_inputs,
     implementation=_implementation,
     backends={
-        "cpu": "what surrounds the matrix product, for channels side by side and no dense matrix",
+        "cpu": "what surrounds the matrix products, for channels side by side",
         "triton": "a factor, shared or per centre; the matrix products of the rest are torch's",
     },
     variants={

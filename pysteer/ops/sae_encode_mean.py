@@ -182,7 +182,7 @@ SPEC = OpSpec(
     implementation=_implementation,
     backends={"cpu": _ALL, "triton": _ALL},
     variants={"relu": {}, "jumprelu": {"jump": True}, "topk": {"k": 3}},
-    sizes=({"latents": 130}, {"latents": 9}),
+    sizes=({"latents": 450}, {"latents": 9}),
     defaults={"threshold": None, "k": None},
     wide=("x", "weight", "bias", "pre_bias"),
 )

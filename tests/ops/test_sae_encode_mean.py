@@ -16,16 +16,16 @@ from pysteer.ops.sae_encode_mean import sae_encode_mean
 
 @pytest.mark.parametrize("name", CPU_VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("with_pre_bias", [False, True])
-def test_formula(name: str, dtype: torch.dtype, with_pre_bias: bool) -> None:
+@pytest.mark.parametrize(("with_pre_bias", "latents"), [(False, 100), (True, 100), (True, 500)])
+def test_formula(name: str, dtype: torch.dtype, with_pre_bias: bool, latents: int) -> None:
     generator = torch.Generator().manual_seed(0)
     # Small whole numbers: every sum is exact in any order.
-    x = torch.randint(-3, 4, (3, 16, 37), generator=generator).to(dtype)
-    weight = torch.randint(-3, 4, (100, 37), generator=generator).to(dtype)
-    bias = torch.randint(-3, 4, (100,), generator=generator).float()
+    x = torch.randint(-3, 4, (3, 64, 37), generator=generator).to(dtype)
+    weight = torch.randint(-3, 4, (latents, 37), generator=generator).to(dtype)
+    bias = torch.randint(-3, 4, (latents,), generator=generator).float()
     pre_bias = torch.randint(-3, 4, (37,), generator=generator).float() if with_pre_bias else None
     a = (x.double() - (0 if pre_bias is None else pre_bias)) @ weight.double().T + bias
-    each = torch.arange(100) % 7 - 2.0
+    each = torch.arange(latents) % 7 - 2.0
     with backend(name):
         assert torch.equal(sae_encode_mean(x, weight, bias, pre_bias).double(), a.relu().mean(1))
         for threshold in (torch.tensor(5.0), torch.tensor(-1.0), each):
