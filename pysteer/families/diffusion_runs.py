@@ -15,6 +15,7 @@ from pysteer.errors import InputError
 from pysteer.families.per_object import PerObject
 
 ROOM = 64  # steps that a plan may name before a run tells how many there are
+_MOST_KNOWN = 4096
 # What these are given of a timestep t, as a t + b; any other model gets t, t / 1000 or t times its `timestep_scale`.
 _BACKWARDS = {
     "Lumina2Transformer2DModel": (-1e-3, 1.0),
@@ -50,6 +51,8 @@ class Clock:
         self.values = torch.full((ROOM,), _FAR, device=device)
         self.places = torch.zeros(ROOM, dtype=torch.int64, device=device)
         self.source: Tensor | None = None
+        self.taken: tuple[bool, Tensor] | None = None  # what was taken over from the source, on a CPU
+        self.known: dict[float, int] = {}  # steps of timesteps that were looked up, on a CPU
         self.count = 0
 
     def take(self, timesteps: Tensor | None, *, repeats: bool, device: torch.device) -> None:
@@ -61,7 +64,10 @@ class Clock:
         if timesteps is None or timesteps is self.source:
             return
         self.source, count = timesteps, len(timesteps)
+        if self._has_taken(timesteps, repeats):
+            return
         self.count = count
+        self.known.clear()
         with torch.inference_mode(False), torch.no_grad():
             if count > len(self.values):
                 size = 1 << (count - 1).bit_length()
@@ -74,11 +80,37 @@ class Clock:
         if repeats:
             self.count = 1 + int(new.sum())
 
+    def _has_taken(self, timesteps: Tensor, repeats: bool) -> bool:
+        """Whether these are the timesteps as before, seen without waiting on a CPU alone; if not, notes them."""
+        if self.step.device.type != "cpu" or timesteps.device.type != "cpu":
+            self.taken = None
+            return False
+        before, self.taken = self.taken, (repeats, timesteps.clone())
+        if before is None or before[0] != repeats:
+            return False
+        return before[1].dtype == timesteps.dtype and torch.equal(before[1], timesteps)
+
     def look_up(self, timestep: Any) -> None:
-        """Set the step; tensor code alone. Of timesteps per row the largest counts."""
+        """Set the step. Of timesteps per row the largest counts."""
         if not self.count:
             return
-        given = torch.as_tensor(timestep).to(self.step.device, torch.float32).detach().amax()
+        if torch.compiler.is_compiling() or self.step.device.type != "cpu":
+            self._find(torch.as_tensor(timestep))
+            return
+        given = torch.as_tensor(timestep).detach()
+        number = given.item() if given.numel() == 1 else given.amax().item()
+        step = self.known.get(number)
+        if step is None:
+            self._find(given)
+            if len(self.known) >= _MOST_KNOWN:
+                self.known.clear()
+            self.known[number] = int(self.step)
+        else:
+            self.step.fill_(step)
+
+    def _find(self, timestep: Tensor) -> None:
+        """Set the step; tensor code alone."""
+        given = timestep.to(self.step.device, torch.float32).detach().amax()
         # Relative, since numbers divided by 1000 and rounded to bf16 are off by that much.
         miss = (self.factors[0] * given + self.factors[1] - self.values).abs() / (self.values.abs() + 1e-6)
         # A model gets its timesteps in one way, but 1 may be the last one as well as 1000 / 1000: the way is settled at

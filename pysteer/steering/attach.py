@@ -275,8 +275,10 @@ def _refuse_bypassed(chain: list[tuple[str, nn.Module]], path: str, name: str) -
         raise InputError(f"site {name} would never run: {reason}", value=path, fix=fix)
 
 
-def _locate(root: nn.Module, path: str, name: str) -> nn.Module:
-    """The module at `path`, after checking that it can be steered; an OptimizedModule is returned as it is."""
+def _locate(root: nn.Module, path: str, name: str) -> list[tuple[str, nn.Module]]:
+    """(child name, module) from the root to `path`, after checking that the last can be steered; an OptimizedModule
+    stays as it is.
+    """
     chain = [("", root)]
     for child in path.split(".") if path else []:
         module = getattr(chain[-1][1], child, None)
@@ -290,18 +292,44 @@ def _locate(root: nn.Module, path: str, name: str) -> nn.Module:
             )
         chain.append((child, module))
     _refuse_bypassed(chain, path, name)
-    return chain[-1][1]
+    return chain
+
+
+_Link = tuple[dict[str, nn.Module | None], str, nn.Module]  # children of a module, name of a child, the child
 
 
 @dataclass
 class _Point:
-    """One thing attached at one place; `entry` is found again by identity."""
+    """One thing attached at one place; `entry` is found again by identity.
+
+    `links` led from the root to the module, when last looked at; empty where that has to be looked at every time.
+    `fusing` may fuse its projections, the module among them.
+    """
 
     name: str
     path: str
     entry: tuple[Applier, int | str | None]
     module: nn.Module
     holders: list[nn.Module] = field(default_factory=list)
+    links: tuple[_Link, ...] = ()
+    fusing: nn.Module | None = None
+
+    def remember(self, chain: list[tuple[str, nn.Module]]) -> None:
+        """Keep the way to the module, if nothing but its modules decides that it can be steered."""
+        owners = [_inner(module) for _, module in chain[:-1]]
+        steps = zip(owners, chain[1:], strict=True)
+        links = tuple((owner._modules, child, module) for owner, (child, module) in steps)
+        known = all(children.get(child) is module for children, child, module in links)
+        switched = any(isinstance(owner, nn.TransformerEncoderLayer) for owner in owners)  # by a global setting
+        self.links = links if known and not switched else ()
+        self.fusing = owners[-1] if chain[-1][0] in _FUSED else None
+
+    def unchanged(self) -> bool:
+        """Whether the module itself is as it was when last looked at; its way there is for who knows all of them."""
+        if self.fusing is not None and getattr(self.fusing, "fused_projections", False):
+            return False
+        own = self.module
+        return bool(self.links) and hasattr(type(own), "_steer_base") and "forward" not in own.__dict__
 
 
 class Attachment:
@@ -310,6 +338,7 @@ class Attachment:
     def __init__(self, root: nn.Module, points: list[_Point]) -> None:
         self._root = root
         self._points = points
+        self._links: list[_Link] = []  # of all points, each once
 
     def ensure(self) -> None:
         """Notice what others did to the modules since: follow a replaced `forward`, report a module that is gone.
@@ -317,8 +346,14 @@ class Attachment:
         Raises:
             PysteerError: another module is at the place of a site now, so the site would never run.
         """
-        for point in self._points:
-            outer = _locate(self._root, point.path, point.name)
+        # Done at every run, where a look at the way to every module would cost a percent of a step.
+        if all(children.get(child) is module for children, child, module in self._links):
+            changed = [point for point in self._points if not point.unchanged()]
+        else:
+            changed = self._points
+        for point in changed:
+            chain = _locate(self._root, point.path, point.name)
+            outer = chain[-1][1]
             if _inner(outer) is not point.module:
                 raise PysteerError(
                     f"site {point.name}: the module at {point.path!r} was replaced by a {type(outer).__name__} after "
@@ -329,6 +364,10 @@ class Attachment:
             if not hasattr(type(point.module), "_steer_base") and _get(point.module, "_steer_fwd"):
                 _swap_class(point.module, "_steer_fwd")  # somebody put the original class back
             _settle(outer)
+            point.remember(chain)
+        if changed:
+            links = [link for point in self._points for link in point.links]
+            self._links = list({(id(children), child): (children, child, m) for children, child, m in links}.values())
 
     def detach(self) -> None:
         """Take away what was attached; harmless when done twice."""
@@ -338,7 +377,7 @@ class Attachment:
                     entries = _get(holder, key)
                     if entries:
                         _set(holder, key, tuple(entry for entry in entries if entry is not point.entry))
-        self._points = []
+        self._points, self._links = [], []
 
     def __enter__(self) -> "Attachment":
         return self
@@ -364,7 +403,7 @@ def attach(root: nn.Module, entries: Mapping[Any, Applier] | Iterable[tuple[Site
     points: list[_Point] = []
     for where, applier in pairs:
         site = where if isinstance(where, Site) else Site(name=where or "root", path=where)
-        outer = _locate(root, site.path, site.name)
+        outer = _locate(root, site.path, site.name)[-1][1]
         entry = (applier, site.element)
         points.append(_Point(site.name, site.path, entry, _inner(outer), [_inner(outer)]))
     for point in points:

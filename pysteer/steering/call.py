@@ -43,7 +43,8 @@ class Call:
         gate_options: kind, threshold and per_token.
         keep_norm: whether tokens keep their length.
         shared: whether all rows that are on use the same set at any one step.
-        again: `Prepared.again` where nothing goes around the op.
+        alone: whether nothing goes around the op.
+        again: `Prepared.again` then.
     """
 
     op: Prepared
@@ -54,8 +55,8 @@ class Call:
     channel_dim: int
 
     def __post_init__(self) -> None:
-        around = bool(self.gate) or self.keep_norm
-        self.again: Callable[..., Tensor | None] = _never if around else self.op.again
+        self.alone = not self.gate and not self.keep_norm
+        self.again: Callable[..., Tensor | None] = self.op.again if self.alone else _never
 
     @classmethod
     def make(
@@ -81,7 +82,7 @@ class Call:
         self, x: Tensor, slot: Tensor, strength: Tensor, clock: Tensor, span: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
         """Steer `x`; the gate looks at the tokens in `span` `[Rcap, 2]` and, of `[R, L]` tokens, those in `mask`."""
-        if not self.gate and not self.keep_norm:
+        if self.alone:
             return self.op(x, slot, strength, clock, span)
         gate, soft = None, False
         if self.gate:

@@ -232,11 +232,12 @@ class Handle:
             self.ensure()
         state.cond, state.uncond, state.uncond_first = cond, uncond, uncond_first
         state.clock, state.steps = self._family.clock(self._obj, part), self._family.steps(self._obj, part)
-        for table in state.tables:
-            if table.device != state.clock.device:  # weights may be elsewhere until they are needed (offloading)
-                table.to(state.clock.device)
-        now = (cond, uncond, uncond_first, state.steps, [table.device for table in state.tables])
-        unchanged = state.written == now
+        device = state.clock.device
+        moved = [table for table in state.tables if table.device != device]
+        for table in moved:  # weights may be elsewhere until they are needed (offloading)
+            table.to(device)
+        now = (cond, uncond, uncond_first, state.steps)
+        unchanged = state.written == now and not moved
         self._check_fits(state, self._strength, running=True)
         if not unchanged:
             state.settle()

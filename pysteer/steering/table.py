@@ -81,12 +81,14 @@ class Table:
         """Take the banks as they are for the coming calls."""
         layout, common = self.site.layout, self.common
         self.call = Call.make(self.op, self.bank, self.options, layout, common=common, shared=self.one_plan)
+        # A compiled graph checks before every run each object it went through, at every site: a short way for it.
+        self.layout, self.alone = layout, self.call.alone
+        self.function, self.given = self.call.op.function, self.call.op.given
 
     def _allocate(self, steps: int, capacity: int) -> None:
         self.slot = torch.zeros(steps, capacity, dtype=torch.int32, device=self.device)
         self.strength = torch.zeros(steps, capacity, device=self.device)
         self.visits = torch.zeros(steps, dtype=torch.int64, device=self.device)
-        self.index = torch.arange(steps, device=self.device)
         self.calls = torch.zeros_like(self.visits)
         self.tokens = torch.zeros_like(self.visits)
 
@@ -111,14 +113,18 @@ class Table:
             y = self.call.again(x, self.slot, self.strength, self.clock, self.span, self.visits, self.rows, _CALL)
             if y is not None:
                 return y
-        visit = math.prod(x.shape[1:-1] if self.site.layout != "channels" else x.shape[2:]) + _CALL
+        visit = math.prod(x.shape[1:-1] if self.layout != "channels" else x.shape[2:]) + _CALL
         if compiling:
             # Element-wise over S numbers, because Inductor would leave its fused code for a scatter.
-            self.visits.add_(torch.where(self.index == self.clock, visit, 0))
+            step = torch.arange(self.visits.shape[0], device=self.visits.device)
+            self.visits.add_(torch.where(step == self.clock, visit, 0))
         else:
             self._check_input(x)
             count_at(self.visits, self.clock, self.one, visit)
-        if self.mask is None or self.site.layout != "tokens":
+        if self.mask is None or self.layout != "tokens":
+            if compiling and self.alone:
+                table = {"slot": self.slot, "strength": self.strength, "clock": self.clock, "span": self.span}
+                return self.function(x, **self.given, **table)
             return self.call(x, self.slot, self.strength, self.clock, self.span)
         if math.prod(x.shape[1:-1]) != self.mask.shape[1]:  # a run over other tokens than the mask is about
             return x.clone()
@@ -237,7 +243,7 @@ class Table:
             self.bank = {name: tensor.to(device) for name, tensor in self.bank.items()}
             self.common = {name: tensor.to(device) for name, tensor in self.common.items()}
             self._prepare()
-            for name in ("one", "slot", "strength", "choice", "schedule", "index", "visits", "calls", "tokens"):
+            for name in ("one", "slot", "strength", "choice", "schedule", "visits", "calls", "tokens"):
                 setattr(self, name, getattr(self, name).to(device))
         self.span = None if self.span is None else self.span.to(device)
         self.mask = None if self.mask is None else self.mask.to(device)
