@@ -98,13 +98,13 @@ class Clock:
             self._find(torch.as_tensor(timestep))
             return
         given = torch.as_tensor(timestep).detach()
-        number = given.item() if given.numel() == 1 else given.amax().item()
+        number = float(given.to("cpu", torch.float32).numpy().max())
         step = self.known.get(number)
         if step is None:
             self._find(given)
             if len(self.known) >= _MOST_KNOWN:
                 self.known.clear()
-            self.known[number] = int(self.step)
+            self.known[number] = int(self.step.numpy())
         else:
             self.step.fill_(step)
 
