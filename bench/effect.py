@@ -5,8 +5,8 @@
     pysteer bench effect --generator infinity-shapes --concept shape --method prototype:clusters=64@text
 
 Every method is fitted on the same examples and gets the same number of strengths, searched on prompts of their own by
-one rule; what is reported are fresh prompts. A cell that was measured is not measured again when the same command is
-given again.
+one rule; what is reported are fresh prompts. Cells are shared out over processes. A cell that was measured is not
+measured again when the same command is given again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from bench.record import RESULTS, append, machine, stored
 from bench.steerbench.board import board_of, conclusions, figure, table
 from bench.steerbench.cells import QUICK, QUICK_SUITE, SUITE, Cell, Sizes, cells_of
+from bench.steerbench.shares import processes_here, run_shares, share_of
 from pysteer.files import read_json, write_json
 
 FOLDER = Path("results/steerbench")
@@ -42,6 +43,7 @@ def bench_for(generator: str, sizes: Sizes) -> Any:
     return TextBench(model, sizes) if isinstance(model, LanguageModel) else ImageBench(generator, model, sizes)
 
 
+@torch.no_grad()
 def measure_all(cells: list[Cell], sizes: Sizes, folder: Path, limit: float = 0.0) -> list[dict[str, Any]]:
     """Cells with what was measured; those that are in `folder` already are read.
 
@@ -49,16 +51,16 @@ def measure_all(cells: list[Cell], sizes: Sizes, folder: Path, limit: float = 0.
         cells: what to measure, generator by generator.
         sizes: how much.
         folder: a file per cell.
-        limit: seconds after which no further cell is begun; 0 for none.
+        limit: seconds after which no further cell is begun, those that were measured are read still; 0 for none.
     """
-    results, bench, current = [], None, ""
+    results, bench, current, left = [], None, "", 0
     start = time.monotonic()
     for number, cell in enumerate(cells):
         kept = folder / f"{cell.key}.json"
         if not kept.is_file():
             if limit and time.monotonic() - start > limit:
-                print(f"{len(cells) - number} cells left for the next start", file=sys.stderr)
-                break
+                left += 1
+                continue
             if bench is None or cell.generator != current:
                 bench, current = bench_for(cell.generator, sizes), cell.generator
             before = time.monotonic()
@@ -71,17 +73,22 @@ def measure_all(cells: list[Cell], sizes: Sizes, folder: Path, limit: float = 0.
             share = f"{sum(reached)}/{len(reached)}" if reached else measured.get("left_out", "")
             print(f"{done} {cell.key}: {share} in {measured['seconds']} s", file=sys.stderr, flush=True)
         results.append({**dataclasses.asdict(cell), "measured": read_json(kept, "measured cell")})
+    if left:
+        print(f"{left} cells left for the next start", file=sys.stderr)
     return results
+
+
+def place_of(folder: Path, quick: bool) -> Path:
+    """Where the cells of a suite are kept."""
+    return folder / ("quick" if quick else "full")
 
 
 def run_effect(
     suite: dict[str, Any], sizes: Sizes, folder: Path, *, quick: bool, store: bool = True, limit: float = 0.0
 ) -> dict[str, Any]:
     """Measure a suite and keep its leaderboard."""
-    folder = folder / ("quick" if quick else "full")
-    torch.set_grad_enabled(False)
     cells = cells_of(suite, sizes)
-    results = measure_all(cells, sizes, folder, limit)
+    results = measure_all(cells, sizes, place_of(folder, quick), limit)
     rows = board_of(results)
     result = {
         "quick": quick, "sizes": dataclasses.asdict(sizes), "cells": len(results), "planned": len(cells),
@@ -125,7 +132,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=0.0, help="seconds after which no further cell is begun")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for resuming")
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
-    asked = parser.parse_args(words)
+    parser.add_argument("--processes", type=int, default=processes_here(), help="that measure at once")
+    parser.add_argument("--share", help=argparse.SUPPRESS)  # I/N: what one of N processes measures
+    given = sys.argv[1:] if words is None else words
+    asked = parser.parse_args(given)
     suite = dict(QUICK_SUITE if asked.quick else SUITE)
     for name in asked.generator or ():
         suite.setdefault(name, (("shape", "colour"), SUITE["infinity-shapes"][1]))
@@ -134,10 +144,16 @@ def main(words: list[str] | None = None) -> None:
         for name, (concepts, methods) in suite.items()
         if not asked.generator or name in asked.generator
     }
-    result = run_effect(
-        chosen, QUICK if asked.quick else Sizes(), asked.folder.resolve(), quick=asked.quick, limit=asked.limit,
-        store=not asked.dry_run,
-    )  # fmt: skip
+    sizes, folder = QUICK if asked.quick else Sizes(), asked.folder.resolve()
+    if asked.share:
+        share, shares = (int(part) for part in asked.share.split("/"))
+        measure_all(share_of(cells_of(chosen, sizes), share, shares), sizes, place_of(folder, asked.quick), asked.limit)
+        return
+    limit = asked.limit
+    if asked.processes > 1:
+        run_shares(given, asked.processes)
+        limit = -1.0 if limit else 0.0  # what the processes did not begin is not begun here either
+    result = run_effect(chosen, sizes, folder, quick=asked.quick, limit=limit, store=not asked.dry_run)
     print(report(result))
     if not asked.dry_run:
         print(figure(newest(stored("effect"))["rows"], newest(stored("effect"))["sizes"]["pairs"], FIGURE))

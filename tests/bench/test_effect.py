@@ -6,7 +6,9 @@ import pytest
 
 from bench import effect
 from bench.steerbench import board, images
-from bench.steerbench.cells import QUICK, SUITE, Cell, Sizes, cells_of, plain
+from bench.steerbench.cells import QUICK, QUICK_SUITE, SUITE, Cell, Sizes, cells_of, plain
+from bench.steerbench.shares import run_shares, share_of
+from pysteer.errors import PysteerError
 from pysteer.models.load import load_model
 from pysteer.recipes.prototype.judge import Judgement
 from pysteer.zoo.shapes.captions import parse_caption
@@ -143,6 +145,27 @@ def test_cells_that_were_measured_are_read_again(tmp_path, monkeypatch):
     assert len(calls) == 3
     assert again[:2] == first
     assert effect.measure_all([Cell("g", "c", "other", 8, 0)], QUICK, tmp_path, limit=-1.0) == []
+    late = [Cell("g", "c", "other", 8, 0), *cells]
+    assert effect.measure_all(late, QUICK, tmp_path, limit=-1.0) == again
+    assert len(calls) == 3
+
+
+def test_shares_are_all_cells_once_and_keep_what_shares_images():
+    cells = cells_of(QUICK_SUITE, Sizes())
+    shares = [share_of(cells, i, 3) for i in range(3)]
+    assert sorted(one.key for share in shares for one in share) == sorted(one.key for one in cells)
+    assert len(cells) == len({one.key for one in cells})
+    groups = [{(one.generator, one.concept, one.seed) for one in share} for share in shares]
+    assert all(groups)
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+    assert not groups[1] & groups[2]
+
+
+def test_a_share_that_fails_is_said_and_ends_the_others(tmp_path):
+    words = ["--generator", "no-such-generator", "--folder", str(tmp_path), "--dry-run", "--quick"]
+    with pytest.raises(PysteerError, match=r"share \d of 2 of the cells ended with code"):
+        run_shares(words, 2)
 
 
 def test_one_real_cell_changes_the_class(tmp_path):
