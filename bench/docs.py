@@ -31,6 +31,13 @@ def _speed() -> str:
     return speed_table(results) if results else "Not measured yet."
 
 
+def _summary() -> str:
+    from bench.summary import summary_table
+
+    results = stored("speed")
+    return summary_table(results) if results else "Not measured yet."
+
+
 def _effect() -> str:
     from bench.effect import newest, report
 
@@ -111,6 +118,7 @@ def _where(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed": _speed,
+    "summary": _summary,
     "effect": _effect,
     "rows": _rows,
     "methods": _methods,

@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench import docs, rows
+from bench.summary import summary_table
 from pysteer import cli
 from pysteer.commands import bench as command
 from pysteer.errors import InputError
@@ -31,6 +32,28 @@ def test_the_page_of_benchmarks_has_its_tables():
     text = (docs.ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     for name in ("speed", "rows", "effect", "language"):
         assert f"<!-- bench: {name} -->" in text
+    assert "<!-- bench: summary -->" in (docs.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_summary_names_the_quickest_of_each_kind():
+    def row(contender, ratio, ours=False):
+        one = [1.0, 1.0] if ratio == 1 else [ratio - 0.01, ratio + 0.01]
+        return {"part": "p", "work": "w", "contender": contender, "ours": ours, "ratio": ratio, "ratio_quartiles": one}
+
+    refused = {"part": "p", "work": "w", "contender": "package x", "refused": "not installed"}
+    rows = [row("unsteered, compiled", 1.0), row("pysteer, compiled", 1.02, True), row("pysteer, eager", 1.2, True)]
+    rows += [
+        row("plain hooks, eager", 1.3),
+        row("plain hooks, compiled", 1.1),
+        row("repeng's way, eager", 1.5),
+        refused,
+    ]
+    result = {"parts": ["p"], "rows": rows, "machine": {"gpu": None, "processor": "some CPU"}}
+    line = summary_table([result]).splitlines()[2]
+    told = ["1.02", "pysteer, compiled"], ["1.100", "plain hooks, compiled"], ["1.500", "repeng's way, eager"]
+    cells = line.split("|")[3:6]
+    assert all(word in cell for cell, words in zip(cells, told, strict=True) for word in words)
+    assert "unsteered, compiled" in line.split("|")[2]
 
 
 def test_an_installed_package_says_that_it_needs_a_checkout(monkeypatch, tmp_path):
