@@ -9,12 +9,17 @@ from bench.record import stored
 Row = dict[str, Any]
 
 
+def machine_of(result: dict[str, Any]) -> str:
+    """The GPU, else the processor."""
+    machine = result["machine"]
+    return str(machine["gpu"] or machine["processor"])
+
+
 def where_of(result: dict[str, Any]) -> str:
     """Machine, versions, commit, date, in words."""
-    machine = result["machine"]
-    name = machine["gpu"] or machine["processor"]
     how = "Quick run: small sizes and few rounds on a busy machine, " if result.get("quick") else ""
-    return f"{how}{name}, torch {result['versions']['torch']}, {result['date'][:10]}, commit {result['commit']}"
+    versions = f"torch {result['versions']['torch']}"
+    return f"{how}{machine_of(result)}, {versions}, {result['date'][:10]}, commit {result['commit']}"
 
 
 def newest_parts(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -52,6 +57,11 @@ HEAD = "| work | contender | time / base | tokens or images/s | breaks / recompi
 UNSTEERED = ("unsteered", "the activation itself")  # how the names of contenders begin that change nothing
 
 
+def base_of(rows: list[Row]) -> str:
+    """The contender that the times of the others are divided by."""
+    return next((row["contender"] for row in rows if row.get("ratio_quartiles") == [1.0, 1.0]), "nobody")
+
+
 def not_fastest(rows: list[Row]) -> list[str]:
     """For every work where something that steers was faster than pysteer beyond the quartiles: which, by how much."""
     found = []
@@ -76,11 +86,10 @@ def speed_table(results: list[dict[str, Any]]) -> str:
     for part, result in newest_parts(results).items():
         rows = [row for row in result["rows"] if row["part"] == part]
         lines = [f"### {part}", "", HEAD, "|---" * 7 + "|", *(line(row) for row in rows)]
-        base = next((row["contender"] for row in rows if row.get("ratio_quartiles") == [1.0, 1.0]), "nobody")
         slower = not_fastest(rows)
         lines += ["", "Pysteer is not the fastest here: " + "; ".join(slower) + "." if slower else
                   "Nothing that steers was faster than pysteer here."]  # fmt: skip
-        blocks.append("\n".join([*lines, "", f"Base: {base}. {where_of(result)}."]))
+        blocks.append("\n".join([*lines, "", f"Base: {base_of(rows)}. {where_of(result)}."]))
     gpu = [line(row) for result in results[-1:] for row in result.get("gpu", [])]
     if gpu:
         head = "| work | contender | | | | | |"

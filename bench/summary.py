@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.speed_table import UNSTEERED, Row, newest_parts
+from bench.speed_table import UNSTEERED, Row, base_of, machine_of, newest_parts
 
 HEAD = "| work | base | pysteer | plain hooks | quickest of the others |"
-_OWN_FORMULAS = ("plain hooks", "plain formulas", "our reference")  # what is no way or package of others
+_PLAIN = ("plain hooks", "plain formulas")
 
 
 def _quickest(rows: list[Row]) -> str:
@@ -17,12 +17,11 @@ def _quickest(rows: list[Row]) -> str:
 
 
 def _line(work: str, rows: list[Row]) -> str:
-    base = next((row["contender"] for row in rows if row["ratio_quartiles"] == [1.0, 1.0]), "-")
     ours = [row for row in rows if row.get("ours")]
-    plain = [row for row in rows if row["contender"].startswith(("plain hooks", "plain formulas"))]
-    known = (*UNSTEERED, *_OWN_FORMULAS)
+    plain = [row for row in rows if row["contender"].startswith(_PLAIN)]
+    known = (*UNSTEERED, *_PLAIN, "our reference")
     others = [row for row in rows if not row.get("ours") and not row["contender"].startswith(known)]
-    return f"| {work} | {base} | **{_quickest(ours)}** | {_quickest(plain)} | {_quickest(others)} |"
+    return f"| {work} | {base_of(rows)} | **{_quickest(ours)}** | {_quickest(plain)} | {_quickest(others)} |"
 
 
 def summary_table(results: list[dict[str, Any]]) -> str:
@@ -32,6 +31,6 @@ def summary_table(results: list[dict[str, Any]]) -> str:
         rows = [row for row in result["rows"] if row["part"] == part and "ratio" in row and not row.get("refused")]
         works = dict.fromkeys(row["work"] for row in rows)
         lines += [_line(work, [row for row in rows if row["work"] == work]) for work in works]
-        machines[result["machine"]["gpu"] or result["machine"]["processor"]] = None
+        machines[machine_of(result)] = None
     told = f"Time over that of the base, one thread each, on {' and '.join(machines)}."
     return "\n".join([*lines, "", told])

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
+
+import torch
 
 from bench.steerbench.cells import Cell
 from pysteer.errors import PysteerError
+from pysteer.processes import run_together
 
 MOST = 8  # processes; each holds the models
 
 
 def processes_here() -> int:
     """How many processes measure at once: one per core, since a cell is many small steps; one on a GPU."""
-    import torch
-
     return 1 if torch.cuda.is_available() else min(MOST, len(os.sched_getaffinity(0)))
 
 
@@ -32,20 +31,12 @@ def run_shares(words: Sequence[str], shares: int) -> None:
     """Run `python -m bench.effect WORDS --share I/SHARES` for all shares at once, and wait for them.
 
     Raises:
-        PysteerError: one of them failed; the others are ended then, and keep the cells they measured.
+        PysteerError: one of them failed; the cells that were measured are kept.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // shares)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "bench.effect", *words]
-    children = [subprocess.Popen([*command, "--share", f"{i}/{shares}"], env=environment) for i in range(shares)]
-    try:
-        while (codes := [child.poll() for child in children]) != [0] * shares:
-            failed = [i for i, code in enumerate(codes) if code]
-            if failed:
-                raise PysteerError(f"share {failed[0]} of {shares} of the cells ended with code {codes[failed[0]]}")
-            time.sleep(0.2)
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
+    command = [sys.executable, "-m", "bench.effect", *words, "--share"]
+    commands = [[*command, f"{i}/{shares}"] for i in range(shares)]
+    codes = run_together(commands, [{"OMP_NUM_THREADS": str(threads)}] * shares)
+    failed = [i for i, code in enumerate(codes) if code]
+    if failed:
+        raise PysteerError(f"share {failed[0]} of {shares} of the cells ended with code {codes[failed[0]]}")

@@ -98,7 +98,7 @@ class Clock:
             self._find(torch.as_tensor(timestep))
             return
         given = torch.as_tensor(timestep).detach()
-        number = float(given.to("cpu", torch.float32).numpy().max())
+        number = float(given.to("cpu", torch.float32).numpy().max())  # not item(): nothing here waits for a device
         step = self.known.get(number)
         if step is None:
             self._find(given)

@@ -32,7 +32,6 @@ def watch(rank: int) -> list[torch.Tensor]:
 
 def main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    # Told how many it serves, a store would be removed by the first to leave, under the other.
     store = dist.FileStore(f"{folder}/meet")
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     torch.save(watch(rank), f"{folder}/{rank}.pt")

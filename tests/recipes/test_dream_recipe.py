@@ -193,7 +193,7 @@ def test_a_worker_that_fails_is_told(tiny, monkeypatch):
         def poll(self):
             return self.rank
 
-    monkeypatch.setattr(workers.subprocess, "Popen", Process)
+    monkeypatch.setattr("pysteer.processes.subprocess.Popen", Process)
     with pytest.raises(PysteerError, match="workers 1, 2 of 3 failed"):
         start(tiny, "stage=capture", "workers=3")
     assert not list((folder / "capture").glob("part-*"))

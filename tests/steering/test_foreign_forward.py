@@ -1,5 +1,6 @@
 """Libraries that put a `forward` on the instance: a class-level one is then not looked up."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,22 @@ def test_replaced_module_is_an_error(model: Toy) -> None:
         attachment.ensure()
     attachment.detach()
     assert type(old) is FeedForward
+
+
+def test_replaced_parent_is_an_error_after_runs_too(model: Toy, x: Tensor) -> None:
+    plain = model(x)
+    attachment = attach(model, {SITE: Shift()})
+    attachment.ensure()
+    assert not torch.equal(model(x), plain)
+    attachment.ensure()
+    before = model.blocks[1]
+    model.blocks[1] = copy.deepcopy(model.blocks[0])
+    with pytest.raises(PysteerError, match=r"blocks\.1\.ffn.*replaced"):
+        attachment.ensure()
+    model.blocks[1] = before
+    attachment.ensure()
+    attachment.detach()
+    assert torch.equal(model(x), plain)
 
 
 def test_class_put_back_by_others(model: Toy, x: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from pysteer import files
 from pysteer.dream.parts import Share
 from pysteer.errors import InputError, PysteerError
+from pysteer.processes import run_together
 from pysteer.recipes.config import build_config, read_values
 from pysteer.recipes.dreaming.config import DreamRecipeConfig
 from pysteer.recipes.dreaming.studio import Studio
@@ -67,20 +67,13 @@ def run_workers(run: Run, stage: str, count: int, device: torch.device) -> None:
     """
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     threads = max(1, torch.get_num_threads() // count)
-    processes = []
-    try:
-        for rank in range(count):
-            command = [sys.executable, "-m", "pysteer.cli", "dream-worker", str(run.folder), stage]
-            command += ["--rank", str(rank), "--world", str(count)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = str(rank % gpus)
-            processes.append(subprocess.Popen(command, env=environment))
-        codes = [process.wait() for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
+    command = [sys.executable, "-m", "pysteer.cli", "dream-worker", str(run.folder), stage]
+    commands, environments = [], []
+    for rank in range(count):
+        commands.append([*command, "--rank", str(rank), "--world", str(count)])
+        own = {"CUDA_VISIBLE_DEVICES": str(rank % gpus)} if gpus else {}
+        environments.append({"OMP_NUM_THREADS": str(threads), **own})
+    codes = run_together(commands, environments)
     failed = [rank for rank, code in enumerate(codes) if code]
     if failed:
         raise PysteerError(

@@ -193,7 +193,7 @@ class Trainer:
         finally:
             if monitor is not None:
                 monitor.detach()
-            for tracker in self.accelerator.trackers if trackers else ():
+            for tracker in self.accelerator.trackers:
                 tracker.finish()  # end_training would also leave the process group, which later trainings need
         self.finish()
 
