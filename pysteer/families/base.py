@@ -17,7 +17,7 @@ from pysteer.steering.site import Site
 
 
 class OnRows(Protocol):
-    """Who is told about the rows of a run."""
+    """Who is told about the rows of a run: of every part, or only of those in `parts` if it has that."""
 
     def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None, uncond_first: bool = False) -> None:
         """See `Family.connect`."""

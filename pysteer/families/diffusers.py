@@ -33,6 +33,7 @@ text encoder in a call of the pipeline is conditional, further ones are negative
 tokens, since it is attended to, unless the pipeline gives its text encoder an attention mask.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +68,12 @@ _TIMESTEPS = ("timestep", "timesteps", "t", "timestep_ratio")
 def pipeline_of(obj: Any) -> Any:
     """The pipeline in `obj`: itself, or that of a `pysteer.models.diffusion.ImageGenerator`; None for anything else."""
     inner = obj if not hasattr(obj, "token_ids") else getattr(obj, "pipe", None)
-    return inner if any(base.__name__ == "DiffusionPipeline" for base in type(inner).__mro__) else None
+    return inner if _is_pipeline(type(inner)) else None  # type: ignore[arg-type]  # of None and Any, says mypy
+
+
+@functools.cache
+def _is_pipeline(kind: type[object]) -> bool:
+    return any(base.__name__ == "DiffusionPipeline" for base in kind.__mro__)
 
 
 def set_timesteps(model: nn.Module, timesteps: Tensor | Iterable[float]) -> None:
@@ -109,6 +115,10 @@ class _Hub:
     def tell(self, part: str, cond: int, uncond: int, lengths: Tensor | None, uncond_first: bool = False) -> None:
         for listener in list(self.listeners):
             listener(part, cond, uncond, lengths, uncond_first)
+
+    def heard(self, part: str) -> bool:
+        """Whether anybody wants to know about the rows of a part."""
+        return any(part in getattr(listener, "parts", (part,)) for listener in self.listeners)
 
     def enter(self, part: str, device: torch.device) -> None:
         """Have the clock of a part without steps where its input is."""
@@ -178,12 +188,14 @@ class _Hub:
         call = Call(inner_of(module))
 
         def before(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            cond = self.run is None or self.run.reads_prompts(part)
+            if not self.heard(part):
+                return
             given = call.get(call.names[0], args, kwargs)
             if given is None:
                 given = kwargs["inputs_embeds"]
             mask = call.get("attention_mask", args, kwargs) if "attention_mask" in call.names else None
             rows, tokens = given.shape[:2]
-            cond = self.run is None or self.run.reads_prompts(part)
             self.enter(part, given.device)
             self.tell(part, rows if cond else 0, 0 if cond else rows, attended(mask, rows, tokens, given.device))
 
@@ -321,7 +333,8 @@ def _take_schedule(clock: Clock, pipe: Any, device: torch.device) -> None:
     scheduler = pipe.scheduler
     known = getattr(scheduler, "num_inference_steps", None) is not None  # before the first run it lists all timesteps
     repeats = getattr(scheduler, "order", 1) > 1
-    timesteps = getattr(scheduler, "all_timesteps", scheduler.timesteps)  # a run that goes on has fewer left
+    # A run that goes on has fewer left. Not getattr: what schedulers lack they look for in their configuration.
+    timesteps = vars(scheduler).get("all_timesteps", scheduler.timesteps)
     clock.take(timesteps if known else None, repeats=repeats, device=device)
 
 

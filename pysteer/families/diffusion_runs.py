@@ -24,6 +24,7 @@ _BACKWARDS = {
     "MochiTransformer3DModel": (-1.0, 1000.0),
 }
 _COND_FIRST = ("Lumina", "ZImage", "StableCascadePrior", "DiTPipeline")
+_PERTURBED = "do_perturbed_attention_guidance"  # a property; what pipelines lack they look for in their configuration
 _FAR = 1e30  # a timestep that none is near to
 
 
@@ -98,7 +99,10 @@ class Clock:
             self._find(torch.as_tensor(timestep))
             return
         given = torch.as_tensor(timestep).detach()
-        number = float(given.to("cpu", torch.float32).numpy().max())  # not item(): nothing here waits for a device
+        # Not item(): nothing here waits for a device. And few calls: this is done at every step, on cold caches.
+        there = given.float() if given.dtype is torch.bfloat16 else given
+        largest = (there if there.device.type == "cpu" else there.cpu()).numpy()
+        number = float(largest if largest.ndim == 0 else largest.max())
         step = self.known.get(number)
         if step is None:
             self._find(given)
@@ -135,7 +139,8 @@ class Run:
     def roles(self, rows: int, pipe: Any) -> tuple[int, int, bool]:
         """Which rows of a run of the denoiser are which: cond, uncond, whether the latter come first."""
         images = self.images or (rows // 2 if getattr(pipe, "do_classifier_free_guidance", False) else rows)
-        if rows not in (images, 2 * images) or getattr(pipe, "do_perturbed_attention_guidance", False):
+        perturbed = hasattr(type(pipe), _PERTURBED) and getattr(pipe, _PERTURBED)
+        if rows not in (images, 2 * images) or perturbed:
             raise InputError(
                 f"rows of the denoiser of {type(pipe).__name__}",
                 value=f"{rows} for {images} images",

@@ -15,6 +15,8 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import contains, is_
 from typing import Any, Protocol
 
 import torch
@@ -324,12 +326,49 @@ class _Point:
         self.links = links if known and not switched else ()
         self.fusing = owners[-1] if chain[-1][0] in _FUSED else None
 
-    def unchanged(self) -> bool:
-        """Whether the module itself is as it was when last looked at; its way there is for who knows all of them."""
-        if self.fusing is not None and getattr(self.fusing, "fused_projections", False):
-            return False
-        own = self.module
-        return bool(self.links) and hasattr(type(own), "_steer_base") and "forward" not in own.__dict__
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was found at the last look, side by side, so that looking whether it is still so takes a few calls in all.
+
+    Attributes:
+        children, names, there: `children[i].get(names[i]) is there[i]`, the links of all points, each once.
+        modules, classes: the modules of the points, and their classes.
+        own: their `__dict__`, in which a `forward` would hide that of the class.
+        fusing: modules that may fuse projections, which then do not run.
+    """
+
+    children: tuple[dict[str, nn.Module | None], ...]
+    names: tuple[str, ...]
+    there: tuple[nn.Module, ...]
+    modules: tuple[nn.Module, ...]
+    classes: tuple[type[nn.Module], ...]
+    own: tuple[dict[str, Any], ...]
+    fusing: tuple[nn.Module, ...]
+
+    @classmethod
+    def at(cls, points: list[_Point]) -> "_Seen | None":
+        """What is there now; None where a point has to be looked at every time."""
+        modules = tuple(point.module for point in points)
+        classes = tuple(map(type, modules))
+        if not all(point.links or not point.path for point in points):
+            return None
+        if not all(hasattr(each, "_steer_base") for each in classes) or any("forward" in vars(m) for m in modules):
+            return None
+        every = [link for point in points for link in point.links]
+        links = {(id(children), name): (children, name, module) for children, name, module in every}.values()
+        children, names, there = zip(*links, strict=True) if links else ((), (), ())
+        fusing = {id(point.fusing): point.fusing for point in points if point.fusing is not None}
+        return cls(children, names, there, modules, classes, tuple(map(vars, modules)), tuple(fusing.values()))
+
+    def holds(self) -> bool:
+        """Whether all of it is still so."""
+        return (
+            all(map(is_, map(dict.get, self.children, self.names), self.there))
+            and all(map(is_, map(type, self.modules), self.classes))
+            and not any(map(contains, self.own, repeat("forward")))
+            and not any(getattr(module, "fused_projections", False) for module in self.fusing)
+        )
 
 
 class Attachment:
@@ -338,7 +377,7 @@ class Attachment:
     def __init__(self, root: nn.Module, points: list[_Point]) -> None:
         self._root = root
         self._points = points
-        self._links: list[_Link] = []  # of all points, each once
+        self._seen: _Seen | None = None
 
     def ensure(self) -> None:
         """Notice what others did to the modules since: follow a replaced `forward`, report a module that is gone.
@@ -347,11 +386,9 @@ class Attachment:
             PysteerError: another module is at the place of a site now, so the site would never run.
         """
         # Done at every run, where a look at the way to every module would cost a percent of a step.
-        if all(children.get(child) is module for children, child, module in self._links):
-            changed = [point for point in self._points if not point.unchanged()]
-        else:
-            changed = self._points
-        for point in changed:
+        if self._seen is not None and self._seen.holds():
+            return
+        for point in self._points:
             chain = _locate(self._root, point.path, point.name)
             outer = chain[-1][1]
             if _inner(outer) is not point.module:
@@ -365,9 +402,7 @@ class Attachment:
                 _swap_class(point.module, "_steer_fwd")  # somebody put the original class back
             _settle(outer)
             point.remember(chain)
-        if changed:
-            links = [link for point in self._points for link in point.links]
-            self._links = list({(id(children), child): (children, child, m) for children, child, m in links}.values())
+        self._seen = _Seen.at(self._points)
 
     def detach(self) -> None:
         """Take away what was attached; harmless when done twice."""
@@ -377,7 +412,7 @@ class Attachment:
                     entries = _get(holder, key)
                     if entries:
                         _set(holder, key, tuple(entry for entry in entries if entry is not point.entry))
-        self._points, self._links = [], []
+        self._points, self._seen = [], None
 
     def __enter__(self) -> "Attachment":
         return self

@@ -44,6 +44,11 @@ class _Listener:
     def __init__(self, handle: "Handle | None" = None) -> None:
         self._handle = handle
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts whose rows matter to it."""
+        return frozenset() if self._handle is None else self._handle.parts
+
     def __call__(self, part: str, cond: int, uncond: int, lengths: Tensor | None, uncond_first: bool = False) -> None:
         if self._handle is not None:
             self._handle.rows(part, cond, uncond, lengths, uncond_first)
@@ -88,6 +93,7 @@ class Handle:
         self._stacks = stacked(self._plans)
         check_entries((entry for plan in self._plans for entry in plan.entries), self._sites, steps)
         self._strength = self._checked(strength)
+        self.parts = frozenset(self._sites[stack.first.site].part for stack in self._stacks)
 
     def _build(self) -> None:
         """Make the tables. After connecting, because a family may make its clock only then."""
@@ -231,12 +237,9 @@ class Handle:
         if self._family.announced or lengths is not None:  # not at every token of a generation
             self.ensure()
         state.cond, state.uncond, state.uncond_first = cond, uncond, uncond_first
-        state.clock, state.steps = self._family.clock(self._obj, part), self._family.steps(self._obj, part)
-        device = state.clock.device
-        moved = [table for table in state.tables if table.device != device]
-        for table in moved:  # weights may be elsewhere until they are needed (offloading)
-            table.to(device)
+        clock, state.steps = self._family.clock(self._obj, part), self._family.steps(self._obj, part)
         now = (cond, uncond, uncond_first, state.steps)
+        moved = state.follow_clock(clock)
         unchanged = state.written == now and not moved
         self._check_fits(state, self._strength, running=True)
         if not unchanged:
@@ -244,9 +247,8 @@ class Handle:
             self._check_batches(state)
             state.reserve(cond + uncond)
             state.write_mask()
-        for table in state.tables:
-            table.clock = state.clock
-        state.set_span(lengths)
+        if lengths is not None or not state.untouched:
+            state.set_span(lengths)
         if not unchanged:
             self._write(state, cond, uncond)
             state.written = now

@@ -32,6 +32,7 @@ class Part:
     positions: Positions = "all"
     mask: Tensor | None = None  # [R, L], where positions are a mask
     written: tuple[Any, ...] | None = None
+    together: tuple[torch.device, int] | None = None  # where all tables were, and how often any table had moved by then
 
     @property
     def prompts(self) -> int:
@@ -72,10 +73,29 @@ class Part:
             self.runs.zero_()
             self.covered.zero_()
 
+    def follow_clock(self, clock: Tensor) -> bool:
+        """Have all tables where the clock is, and read it; returns whether one had to move."""
+        # Looking at every table at every run takes longer than one of them takes to steer.
+        if clock is self.clock and self.together == (clock.device, Table.moves):
+            return False
+        self.clock, device = clock, clock.device
+        moved = [table for table in self.tables if table.device != device]
+        for table in moved:  # weights may be elsewhere until they are needed (offloading)
+            table.to(device)
+        for table in self.tables:
+            table.clock = clock
+        self.together = (device, Table.moves)
+        return bool(moved)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether all tokens of all rows count, and always did."""
+        return self.span is None and isinstance(self.positions, str) and self.positions == "all"
+
     @torch.no_grad()
     def set_span(self, lengths: Tensor | None) -> None:
         """Touch the first `lengths[r]` tokens of row r, or those of a span `[R, 2]`; all tokens without lengths."""
-        if self.span is None and lengths is None and isinstance(self.positions, str) and self.positions == "all":
+        if lengths is None and self.untouched:
             return
         room = self.tables[0].capacity
         fits = self.span is not None and len(self.span) >= room and self.span.device == self.device

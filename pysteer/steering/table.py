@@ -5,7 +5,7 @@ CUDA graph sees it without being made again. Only more rows or more steps than e
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from pysteer.errors import InputError, PysteerError
 from pysteer.ops.prepared import count_at
 from pysteer.steering.call import Call
+from pysteer.steering.packed import KINDS, Kind, Layout, known_as
 from pysteer.steering.plan import PlanEntry
 from pysteer.steering.site import Site
 from pysteer.steering.stack import Stack
@@ -40,13 +41,17 @@ class Table:
 
     Attributes:
         bank: parameters of the op and its gate by name, fp32 (or int32) `[1 + sets, ...]`; set 0 is not used.
+        whole: fp32, bank, slot and strength behind each other; they are views of it.
         common: tensors of the op that all sets share.
         slot: int32 `[S, R]`, the parameter set of each row; 0 leaves the row alone.
         strength: fp32 `[S, R]`.
         span: int32 `[R, 2]` or None, tokens `[start, end)` of each row that are touched; shared by the part.
         mask: bool `[R, L]` or None, further says which tokens of a run over L tokens are touched; shared by the part.
         rows: number of rows in the batch; None until the layout of the batch is known.
+        moves: how often any table was moved to a device.
     """
+
+    moves: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -68,29 +73,34 @@ class Table:
         self.options: dict[str, Any] = dict(stack.first.options)
         with torch.inference_mode(False), torch.no_grad():
             self.one = torch.ones(1, dtype=torch.int64, device=self.device)
-            self.bank = {
-                name: torch.zeros(1 + stack.sets, *tensor.shape[1:], device=self.device, dtype=_kept_as(tensor))
+            self.common = {name: tensor.to(self.device) for name, tensor in stack.first.shared.items()}
+            banks = {
+                name: ((1 + stack.sets, *tensor.shape[1:]), _kept_as(tensor))
                 for name, tensor in stack.first.tensors.items()
             }
-            self.common = {name: tensor.to(self.device) for name, tensor in stack.first.shared.items()}
+            self.pieces = Layout.of(banks)
             self._allocate(steps, capacity)
-        self._prepare()
         self.load(stack)
 
-    def _prepare(self) -> None:
-        """Take the banks as they are for the coming calls."""
-        layout, common = self.site.layout, self.common
-        self.call = Call.make(self.op, self.bank, self.options, layout, common=common, shared=self.one_plan)
-        # A compiled graph checks before every run each object it went through, at every site: a short way for it.
-        self.layout, self.alone = layout, self.call.alone
-        self.function, self.given = self.call.op.function, self.call.op.given
-
     def _allocate(self, steps: int, capacity: int) -> None:
-        self.slot = torch.zeros(steps, capacity, dtype=torch.int32, device=self.device)
-        self.strength = torch.zeros(steps, capacity, device=self.device)
         self.visits = torch.zeros(steps, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros_like(self.visits)
         self.tokens = torch.zeros_like(self.visits)
+        self._take(self.pieces.empty(steps, capacity, self.device))
+
+    def _take(self, whole: Tensor) -> None:
+        """Have everything in `whole`, and be ready for calls."""
+        self.whole, layout = whole, self.site.layout
+        for stays in (whole, self.visits):
+            # What torch._dynamo.mark_static_address does, which takes seconds to import: captured CUDA graphs then read
+            # and count where these are, and none is given up because it writes to an input.
+            stays._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+        self.bank = self.pieces.banks(whole)
+        self.slot, self.strength = self.pieces.table(whole, len(self.visits))
+        self.call = Call.make(self.op, self.bank, self.options, layout, common=self.common, shared=self.one_plan)
+        op = self.call.op
+        options = {name: value for name, value in op.given.items() if not isinstance(value, Tensor)}
+        self.kind = known_as(Kind(op.function, self.pieces, options, layout, self.call.alone, bool(self.common)))
 
     @property
     def steps(self) -> int:
@@ -108,27 +118,37 @@ class Table:
         Raises:
             PysteerError: the number of rows is not the one announced (checked in eager code only).
         """
-        compiling = is_compiling()
-        if not compiling and self.mask is None and self.rows is not None:
+        if is_compiling():
+            return self._traced(x)
+        if self.mask is None and self.rows is not None:
             y = self.call.again(x, self.slot, self.strength, self.clock, self.span, self.visits, self.rows, _CALL)
             if y is not None:
                 return y
-        visit = math.prod(x.shape[1:-1] if self.layout != "channels" else x.shape[2:]) + _CALL
-        if compiling:
-            # Element-wise over S numbers, because Inductor would leave its fused code for a scatter.
-            step = torch.arange(self.visits.shape[0], device=self.visits.device)
-            self.visits.add_(torch.where(step == self.clock, visit, 0))
-        else:
-            self._check_input(x)
-            count_at(self.visits, self.clock, self.one, visit)
-        if self.mask is None or self.layout != "tokens":
-            if compiling and self.alone:
-                table = {"slot": self.slot, "strength": self.strength, "clock": self.clock, "span": self.span}
-                return self.function(x, **self.given, **table)
+        self._check_input(x)
+        layout = self.site.layout
+        count_at(self.visits, self.clock, self.one, _tokens(x, layout) + _CALL)
+        if self.mask is None or layout != "tokens":
             return self.call(x, self.slot, self.strength, self.clock, self.span)
-        if math.prod(x.shape[1:-1]) != self.mask.shape[1]:  # a run over other tokens than the mask is about
+        return self._masked(x, self.mask)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """`apply` in a compiled graph, which checks before every run each object and tensor that is looked at here."""
+        kind, mask = KINDS[self.kind], self.mask
+        # Element-wise over S numbers, because Inductor would leave its fused code for a scatter.
+        step = torch.arange(self.visits.shape[0], device=self.visits.device)
+        self.visits.add_(torch.where(step == self.clock, _tokens(x, kind.layout) + _CALL, 0))
+        if mask is not None and kind.layout == "tokens":
+            return self._masked(x, mask)
+        if kind.alone:
+            common = self.common if kind.common else {}
+            return kind.run(x, self.whole, self.clock, self.span, self.visits.shape[0], common)
+        return self.call(x, self.slot, self.strength, self.clock, self.span)
+
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x` with the tokens steered that the mask `[R, L]` says."""
+        if _tokens(x, "tokens") != mask.shape[1]:  # a run over other tokens than the mask is about
             return x.clone()
-        mask = self.mask[: len(x)]
+        mask = mask[: len(x)]
         y = self.call(x, self.slot, self.strength, self.clock, self.span, mask)
         return torch.where(mask.view(*x.shape[:-1], 1), y, x)
 
@@ -239,16 +259,21 @@ class Table:
     def to(self, device: torch.device) -> "Table":
         """Move the table; tensors are replaced, so graphs that were captured with it are void."""
         device = torch.device(device)
+        Table.moves += 1
         with torch.inference_mode(False), torch.no_grad():
-            self.bank = {name: tensor.to(device) for name, tensor in self.bank.items()}
             self.common = {name: tensor.to(device) for name, tensor in self.common.items()}
-            self._prepare()
-            for name in ("one", "slot", "strength", "choice", "schedule", "visits", "calls", "tokens"):
+            for name in ("one", "choice", "schedule", "visits", "calls", "tokens"):
                 setattr(self, name, getattr(self, name).to(device))
+            self._take(self.whole.to(device))
         self.span = None if self.span is None else self.span.to(device)
         self.mask = None if self.mask is None else self.mask.to(device)
         self.device = self.slot.device
         return self
+
+
+def _tokens(x: Tensor, layout: str) -> int:
+    """Tokens per row of an activation."""
+    return math.prod(x.shape[2:] if layout == "channels" else x.shape[1:-1])
 
 
 def _kept_as(tensor: Tensor) -> torch.dtype:

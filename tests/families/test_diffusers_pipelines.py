@@ -218,7 +218,8 @@ def test_text_encoders(part: str) -> None:
         expected = generate(pipe, **settings)
     with pysteer.steer(pipe, Plan.build([parameters])) as handle:
         steered = generate(pipe, **settings)
-    torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
+    size = expected.abs().max()  # hundreds, of which single numbers are small differences
+    torch.testing.assert_close(steered / size, expected / size, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(steered, plain, atol=1e-3)
     assert handle.report()[0].tokens_touched == 2 * (8 if settings else 16)
     assert torch.equal(generate(pipe, **settings), plain)
