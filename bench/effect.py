@@ -110,6 +110,8 @@ def report(result: dict[str, Any]) -> str:
         f"prompts each, {sizes['search']} for the search of the strength; "
         "intervals by bootstrap over seeds and prompts."
     )
+    kinds = dict.fromkeys(f"{row['generator']} in {row['dtype']}" for row in result["rows"] if "dtype" in row)
+    told += f" {', '.join(kinds)}, which decides over single words." if kinds else ""
     listed = [f"- {text}" for text in result["conclusions"]]
     return "\n".join([table(result["rows"]), "", told, "", *listed, "", where_of(result) + "."])
 

@@ -74,7 +74,8 @@ def summarise(measured: Sequence[Row], draws: int = DRAWS, seed: int = 0) -> Row
         values = [value for one in measured for value in np.atleast_1d(one.get(name, [])) if value is not None]
         if values:
             row[name] = float(np.mean(np.asarray(values, dtype=np.float64)))
-    return row | {"seeds": len(measured), "place": measured[0].get("place", "")}
+    told = {name: measured[0][name] for name in ("dtype",) if name in measured[0]}
+    return row | told | {"seeds": len(measured), "place": measured[0].get("place", "")}
 
 
 def board_of(results: Sequence[Row]) -> list[Row]:

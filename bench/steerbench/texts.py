@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
+
 from bench.steerbench.cells import Cell, Sizes
 from bench.steerbench.images import rising
 from pysteer.capture import fit
@@ -13,6 +15,7 @@ from pysteer.errors import InputError
 from pysteer.metrics.concepts import mentions
 from pysteer.metrics.perplexity import Likelihood, continuation_likelihood
 from pysteer.models.language import LanguageModel
+from pysteer.recipes.act_text import fast_bfloat16
 from pysteer.recipes.comparison.contenders import find_contenders
 from pysteer.recipes.transport.decoder import Request, RowDecoder, in_order
 from pysteer.recipes.transport.sampling import Sampling
@@ -33,14 +36,15 @@ class TextBench:
     """Measures cells with one language model; the first token is neither fitted nor steered.
 
     Args:
-        lm: the model.
+        lm: the model; in bf16 where that is faster, as in `pysteer run act-text`.
         sizes: how much is measured.
     """
 
     def __init__(self, lm: LanguageModel, sizes: Sizes) -> None:
-        self.lm, self.sizes = lm, sizes
+        self.lm, self.sizes = lm.to(lm.device, torch.bfloat16) if fast_bfloat16(lm.device.type) else lm, sizes
         sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.0)
-        self.decoder = RowDecoder(self.lm, rows=48, max_new_tokens=NEW_TOKENS, sampling=sampling, skip=1)
+        # All rows of a search at once: a matrix product of 120 rows takes a third less time per row than one of 48.
+        self.decoder = RowDecoder(self.lm, rows=128, max_new_tokens=NEW_TOKENS, sampling=sampling, skip=1)
         self.known: dict[tuple[str, int, bool], tuple[list[str], Likelihood]] = {}
 
     def _write(self, prompts: list[str], levels: tuple[float, ...], plan: Plan | None, count: int, seed: int) -> Any:
@@ -89,6 +93,7 @@ class TextBench:
         before, base = self._base(cell, task, False)
         return {
             "strength": chosen["strength"],
+            "dtype": str(next(self.lm.model.parameters()).dtype).removeprefix("torch."),
             "place": contender.place.label,
             "pairs_used": count,
             "doses": doses,

@@ -22,6 +22,7 @@ from pysteer.ops.lookup import full_precision
 from pysteer.ops.registry import Case, OpSpec, activation
 
 _SCHEMA = "(Tensor x, Tensor centre, Tensor? factor, Tensor? scale, Tensor? precision, int channel_dim) -> Tensor"
+_MANY, _FEW = 256, 96  # tokens that are worth turning the vectors over for, and how many of these
 _CHUNK = 1 << 19  # numbers of what lies between, on a CPU: it should stay in the cache
 
 
@@ -104,6 +105,9 @@ def _compiled_pieces(
         vectors = centred @ precision
         offset = (centred * vectors).sum(-1)
     c = None if scale is None else scale.contiguous()
+    # Measured: a product with few columns takes a sixth less time when these lie side by side.
+    turned = moved.shape[:-1].numel() >= _MANY and len(vectors) <= _FEW
+    weights = vectors.T.contiguous() if turned else vectors.T
     out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
     size = min(max(2 * _CHUNK // max(width, len(vectors), 1), 1), len(out))  # measured: twice what suits torch
     tokens, products = torch.empty((size, width)), torch.empty((size, len(vectors)))
@@ -114,7 +118,7 @@ def _compiled_pieces(
         extension.quadratic_distance_tokens(
             *addresses(piece, middle, tokens, squares), n, width, piece.stride(0), code, threads
         )
-        torch.mm(tokens[:n], vectors.T, out=products[:n])
+        torch.mm(tokens[:n], weights, out=products[:n])
         if dense is not None and precision is not None:
             torch.mm(tokens[:n], precision, out=dense[:n])
             extension.quadratic_distance_squares(*addresses(tokens, dense, squares), n, width, threads)

@@ -125,8 +125,12 @@ def test_what_cannot_be_generated_is_refused(lm) -> None:
 @pytest.mark.parametrize("size", [50, 3000, 20000])
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 def test_the_nucleus_is_that_of_a_full_sort(size, top_p) -> None:
-    chances = (3 * torch.randn(6, size)).softmax(1)
-    tokens, kept = nucleus(chances, top_p)
+    # From peaked to flat, so that the rows need nuclei of different sizes.
+    chances = (torch.linspace(6, 0.5, 6)[:, None] * torch.randn(6, size)).softmax(1)
+    parts = list(nucleus(chances, top_p))
+    assert torch.cat([rows for rows, _, _ in parts]).sort().values.tolist() == list(range(6))
+    tokens = {int(row): own for rows, found, _ in parts for row, own in zip(rows, found, strict=True)}
+    kept = {int(row): own for rows, _, some in parts for row, own in zip(rows, some, strict=True)}
     ordered, order = chances.double().sort(dim=1, descending=True)
     inside = ordered.cumsum(1) - ordered < top_p
     for row in range(6):
