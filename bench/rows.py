@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import pysteer
-from bench.contest import numbers_of_rounds, quartiles, verdict
+from bench.contest import PATIENCE, numbers_of_rounds, quartiles, verdict
 from bench.record import append, machine
 from bench.serving import seconds_of
 from bench.works import decoding
@@ -26,7 +26,7 @@ from bench.works.language import keep_layers
 from pysteer.steering import Plan, SiteParameters
 
 BATCHES = (1, 4, 16, 64, 256)
-LAYERS = 10  # of 30
+LAYERS = 6  # of 30
 Call = Callable[[], Tensor]
 
 
@@ -107,8 +107,10 @@ def check_rows(outputs: dict[str, Tensor]) -> str:
     return ""
 
 
-def measure(label: str, batch: int, calls: dict[str, tuple[Call, Call]], rounds: int) -> dict[str, Any]:
-    """One row: how much longer many settings take than one, within a round."""
+def measure(
+    label: str, batch: int, calls: dict[str, tuple[Call, Call]], rounds: int, patience: float = PATIENCE
+) -> dict[str, Any]:
+    """One row: how much longer many settings take than one, within a round; see `numbers_of_rounds`."""
     outputs = {}
     for name, (setup, run) in calls.items():
         setup()
@@ -117,7 +119,7 @@ def measure(label: str, batch: int, calls: dict[str, tuple[Call, Call]], rounds:
     if row["refused"]:
         return row
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in numbers_of_rounds(rounds):
+    for number in numbers_of_rounds(rounds, patience):
         for name in list(calls)[:: 1 if number % 2 else -1]:
             setup, run = calls[name]
             setup()
@@ -137,20 +139,21 @@ def measure(label: str, batch: int, calls: dict[str, tuple[Call, Call]], rounds:
 
 
 @torch.no_grad()
-def run_rows(*, quick: bool, rounds: int, store: bool = True) -> dict[str, Any]:
+def run_rows(*, quick: bool, rounds: int, patience: float = PATIENCE, store: bool = True) -> dict[str, Any]:
     """Measure all sizes and store them."""
     torch.set_num_threads(1)
     rows = []
     for batch in (4, 16) if quick else BATCHES:
         torch.compiler.reset()
         layers = 3 if quick else LAYERS
-        rows.append(measure(f"{layers} layers of SmolLM2, decode", batch, language_pair(batch, layers), rounds))
+        pair = language_pair(batch, layers)
+        rows.append(measure(f"{layers} layers of SmolLM2, decode", batch, pair, rounds, patience))
         print(rows[-1], flush=True)
     for batch in (16,) if quick else (4, 16, 64):
         torch.compiler.reset()
-        rows.append(measure("infinity-shapes", batch, infinity_pair(batch), rounds))
+        rows.append(measure("infinity-shapes", batch, infinity_pair(batch), rounds, patience))
         print(rows[-1], flush=True)
-    result = {"quick": quick, "rows": rows, **machine()}
+    result = {"quick": quick, "patience": patience, "rows": rows, **machine()}
     if store:
         append("rows", result)
     return result

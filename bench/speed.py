@@ -3,11 +3,12 @@
     python -m bench.speed                          all parts, added to bench/results/speed.json
     python -m bench.speed --part language --quick
     pysteer bench speed --profile traces           the same command, with a trace per contender
+    pysteer bench speed --part unet --patience 60  one part with more rounds
 
 Every contender of a part is a process of its own; all take turns, round after round in alternating order, on one thread
-each, and ratios are taken within a round; rounds end after a minute. Of what the process computes the CPU time is
-taken, so that other programs count little. A contender whose output is not that of the plain formulas gets no time. A
-part that was finished is not measured again when the same command is given again.
+each, and ratios are taken within a round; rounds end after `--patience` seconds. Of what the process computes the CPU
+time is taken, so that other programs count little. A contender whose output is not that of the plain formulas gets no
+time. A part that was finished is not measured again when the same command is given again.
 """
 
 from __future__ import annotations
@@ -181,8 +182,9 @@ def _case(part: Part, folder: Path, quick: bool) -> Path:
 
 
 def measure_part(
-    name: str, folder: Path, *, quick: bool, rounds: int, profile: Path | None = None, say: Say = _shout
-) -> dict[str, Any]:
+    name: str, folder: Path, *, quick: bool, rounds: int, patience: float = PATIENCE, profile: Path | None = None,
+    say: Say = _shout,
+) -> dict[str, Any]:  # fmt: skip
     """All works of a part; those whose rows are in `folder` already are not measured again."""
     part = PARTS[name]
     kept = {work: folder / name / f"{work}.json" for work in (part.quick if quick else part.works)}
@@ -192,7 +194,7 @@ def measure_part(
             for work in due:
                 start = time.monotonic()
                 made = contest(
-                    field, work, rounds=rounds, base=part.base, patience=PATIENCE, say=say,
+                    field, work, rounds=rounds, base=part.base, patience=patience, say=say,
                     profile=None if profile is None else profile / name,
                 )  # fmt: skip
                 write_json(kept[work], {"rows": made, "seconds": time.monotonic() - start})
@@ -207,21 +209,22 @@ def measure_part(
 
 
 def run_speed(
-    parts: list[str], folder: Path, *, quick: bool, rounds: int, profile: Path | None = None, store: bool = True
-) -> dict[str, Any]:
+    parts: list[str], folder: Path, *, quick: bool, rounds: int, patience: float = PATIENCE,
+    profile: Path | None = None, store: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Measure parts, add the result to the stored ones and forget what was kept for a resumption."""
     folder = folder / ("quick" if quick else "full")
     rows: list[dict[str, Any]] = []
     seconds = {}
     for name in parts:
-        found = measure_part(name, folder, quick=quick, rounds=rounds, profile=profile)
+        found = measure_part(name, folder, quick=quick, rounds=rounds, patience=patience, profile=profile)
         rows += found["rows"]
         seconds[name] = round(found["seconds"], 1)
     threads = {"threads_per_contender": 1, "load": os.getloadavg()[0]}
     gpu = [{"work": work, "contender": "pysteer", "not_measured": "no GPU"} for work in ON_A_GPU]
     result = {
-        "quick": quick, "rounds": rounds, "parts": parts, "part_seconds": seconds, "rows": rows, "gpu": gpu,
-        **threads, **machine(),
+        "quick": quick, "rounds": rounds, "patience": patience, "parts": parts, "part_seconds": seconds, "rows": rows,
+        "gpu": gpu, **threads, **machine(),
     }  # fmt: skip
     if store:
         append("speed", result)
@@ -234,7 +237,7 @@ def run_speed(
 def run_ops(quick: bool) -> None:
     """The ops, by `bench.run`."""
     command = [sys.executable, "-m", "bench.run", "--threads", "1", "--rounds", "5" if quick else "15"]
-    command += ["--limit", "30" if quick else "240"]
+    command += ["--limit", "30" if quick else "180"]
     subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr)
 
 
@@ -244,6 +247,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--part", action="append", choices=(*PARTS, "ops", "rows"), help="may be given several times")
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, not how fast it is")
     parser.add_argument("--rounds", type=int, help="at most; by default 30, quick 3")
+    parser.add_argument(
+        "--patience", type=float, default=PATIENCE, help="seconds after which a work begins no further round"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for logs and for resuming")
     parser.add_argument("--profile", type=Path, help="folder for a trace and a list of calls per contender")
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
@@ -262,11 +268,12 @@ def main(words: list[str] | None = None) -> None:
     if "rows" in chosen:
         from bench.rows import run_rows
 
-        run_rows(quick=asked.quick, rounds=rounds, store=not asked.dry_run)
+        run_rows(quick=asked.quick, rounds=rounds, patience=asked.patience, store=not asked.dry_run)
     parts = [name for name in chosen if name in PARTS]
     if parts:
         result = run_speed(
-            parts, asked.folder.resolve(), quick=asked.quick, rounds=rounds, store=not asked.dry_run,
+            parts, asked.folder.resolve(), quick=asked.quick, rounds=rounds, patience=asked.patience,
+            store=not asked.dry_run,
             profile=None if asked.profile is None else asked.profile.resolve(),
         )  # fmt: skip
         print(speed_table([result]))

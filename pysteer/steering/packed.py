@@ -1,8 +1,8 @@
 """The tensors of a table in one piece of memory, and what a compiled graph has to know of them.
 
 Before every run a compiled graph checks each object that it went through and each tensor that it takes, at every site.
-So a site gives it one tensor with everything in it, and the name of the layout of that tensor. Layouts are held apart,
-where they are checked once, however many sites have them.
+So a site gives it one tensor with everything in it, and the name of what lies where in that. What has a name is held
+apart, where it is checked once, however many sites have it.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Pack:
     """How banks lie behind each other, and behind them `slot` and `strength` `[S, R]`, for any R.
 
     Attributes:
@@ -40,7 +40,7 @@ class Layout:
     size: int
 
     @classmethod
-    def of(cls, banks: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> "Layout":
+    def of(cls, banks: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> "Pack":
         """For banks of these shapes and dtypes, fp32 or int32."""
         pieces, begin = [], 0
         for name, (shape, dtype) in banks.items():
@@ -73,7 +73,7 @@ class Kind:
 
     Attributes:
         function: the steering op.
-        pieces: its tensors.
+        pack: its tensors.
         options: what else it takes, by name.
         layout: of the site.
         alone: whether nothing goes around the op.
@@ -81,7 +81,7 @@ class Kind:
     """
 
     function: Callable[..., Tensor]
-    pieces: Layout
+    pack: Pack
     options: Mapping[str, Any]
     layout: str
     alone: bool
@@ -97,9 +97,9 @@ class Kind:
         common: Mapping[str, Tensor],
     ) -> Tensor:
         """Steer `x` with S steps in the table; `common` are further tensors of the op, which are not in the whole."""
-        slot, strength = self.pieces.table(whole, steps)
+        slot, strength = self.pack.table(whole, steps)
         table = {"slot": slot, "strength": strength, "clock": clock, "span": span}
-        return self.function(x, **self.pieces.banks(whole), **common, **self.options, **table)
+        return self.function(x, **self.pack.banks(whole), **common, **self.options, **table)
 
 
 # By name and not by number: a number that differs from site to site is one that compiled graphs try to be general in.
@@ -108,7 +108,7 @@ KINDS: dict[str, Kind] = {}
 
 def known_as(kind: Kind) -> str:
     """The name under which `KINDS` has a kind, the same for all that are equal."""
-    pieces = ", ".join(f"{piece.name} {list(piece.shape)}" for piece in kind.pieces.pieces)
+    pieces = ", ".join(f"{piece.name} {list(piece.shape)}" for piece in kind.pack.pieces)
     options = ", ".join(f"{name} {value!r}" for name, value in sorted(kind.options.items()))
     name = f"{kind.function.__name__} of {kind.layout}: {pieces}; {options}"
     name += (" alone" if kind.alone else " with something around it") + (" with common tensors" if kind.common else "")

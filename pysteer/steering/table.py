@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from pysteer.errors import InputError, PysteerError
 from pysteer.ops.prepared import count_at
 from pysteer.steering.call import Call
-from pysteer.steering.packed import KINDS, Kind, Layout, known_as
+from pysteer.steering.packed import KINDS, Kind, Pack, known_as
 from pysteer.steering.plan import PlanEntry
 from pysteer.steering.site import Site
 from pysteer.steering.stack import Stack
@@ -78,7 +78,7 @@ class Table:
                 name: ((1 + stack.sets, *tensor.shape[1:]), _kept_as(tensor))
                 for name, tensor in stack.first.tensors.items()
             }
-            self.pieces = Layout.of(banks)
+            self.pack = Pack.of(banks)
             self._allocate(steps, capacity)
         self.load(stack)
 
@@ -86,7 +86,7 @@ class Table:
         self.visits = torch.zeros(steps, dtype=torch.int64, device=self.device)
         self.calls = torch.zeros_like(self.visits)
         self.tokens = torch.zeros_like(self.visits)
-        self._take(self.pieces.empty(steps, capacity, self.device))
+        self._take(self.pack.empty(steps, capacity, self.device))
 
     def _take(self, whole: Tensor) -> None:
         """Have everything in `whole`, and be ready for calls."""
@@ -95,12 +95,12 @@ class Table:
             # What torch._dynamo.mark_static_address does, which takes seconds to import: captured CUDA graphs then read
             # and count where these are, and none is given up because it writes to an input.
             stays._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
-        self.bank = self.pieces.banks(whole)
-        self.slot, self.strength = self.pieces.table(whole, len(self.visits))
+        self.bank = self.pack.banks(whole)
+        self.slot, self.strength = self.pack.table(whole, len(self.visits))
         self.call = Call.make(self.op, self.bank, self.options, layout, common=self.common, shared=self.one_plan)
         op = self.call.op
         options = {name: value for name, value in op.given.items() if not isinstance(value, Tensor)}
-        self.kind = known_as(Kind(op.function, self.pieces, options, layout, self.call.alone, bool(self.common)))
+        self.kind = known_as(Kind(op.function, self.pack, options, layout, self.call.alone, bool(self.common)))
 
     @property
     def steps(self) -> int:

@@ -7,18 +7,18 @@ from steering_toy import LAYERS, STEPS, WIDTH, Toy, plan
 from torch import Tensor, fx
 
 from pysteer.steering import Plan, SiteParameters, steer
-from pysteer.steering.packed import KINDS, Kind, Layout, known_as
+from pysteer.steering.packed import KINDS, Kind, Pack, known_as
 
 
-def layout() -> Layout:
+def pack() -> Pack:
     banks: dict[str, Any] = {"scale": ((3, 5), torch.float32), "latent": ((3, 2), torch.int32)}
-    return Layout.of(banks)
+    return Pack.of(banks)
 
 
 def test_views_do_not_overlap_and_write_through() -> None:
-    shape = layout()
-    whole = shape.empty(4, 7, torch.device("cpu"))
-    banks, (slot, strength) = shape.banks(whole), shape.table(whole, 4)
+    made = pack()
+    whole = made.empty(4, 7, torch.device("cpu"))
+    banks, (slot, strength) = made.banks(whole), made.table(whole, 4)
     every = {**banks, "slot": slot, "strength": strength}
     assert {name: list(each.shape) for name, each in every.items()} == {
         "scale": [3, 5], "latent": [3, 2], "slot": [4, 7], "strength": [4, 7]
@@ -28,29 +28,29 @@ def test_views_do_not_overlap_and_write_through() -> None:
         each.fill_(value)
     for value, each in enumerate(every.values(), 1):
         assert (each == value).all()
-    again = {**shape.banks(whole), **dict(zip(("slot", "strength"), shape.table(whole, 4), strict=True))}
+    again = {**made.banks(whole), **dict(zip(("slot", "strength"), made.table(whole, 4), strict=True))}
     assert all(torch.equal(again[name], every[name]) for name in every)
 
 
 def test_banks_begin_where_wide_loads_may() -> None:
-    shape = layout()
-    assert all(piece.begin * 4 % 64 == 0 for piece in shape.pieces)
-    assert shape.pieces[0].end <= shape.pieces[1].begin
-    assert shape.size >= shape.pieces[-1].end
+    made = pack()
+    assert all(piece.begin * 4 % 64 == 0 for piece in made.pieces)
+    assert made.pieces[0].end <= made.pieces[1].begin
+    assert made.size >= made.pieces[-1].end
 
 
 def test_equal_kinds_have_one_name() -> None:
     def op(x: Tensor) -> Tensor:
         return x
 
-    first = known_as(Kind(op, layout(), {"k": 2}, "tokens", alone=True, common=False))
-    assert first == known_as(Kind(op, layout(), {"k": 2}, "tokens", alone=True, common=False))
+    first = known_as(Kind(op, pack(), {"k": 2}, "tokens", alone=True, common=False))
+    assert first == known_as(Kind(op, pack(), {"k": 2}, "tokens", alone=True, common=False))
     others = [
-        Kind(op, layout(), {"k": 3}, "tokens", alone=True, common=False),
-        Kind(op, layout(), {"k": 2}, "channels", alone=True, common=False),
-        Kind(op, layout(), {"k": 2}, "tokens", alone=False, common=False),
-        Kind(op, layout(), {"k": 2}, "tokens", alone=True, common=True),
-        Kind(op, Layout.of({}), {"k": 2}, "tokens", alone=True, common=False),
+        Kind(op, pack(), {"k": 3}, "tokens", alone=True, common=False),
+        Kind(op, pack(), {"k": 2}, "channels", alone=True, common=False),
+        Kind(op, pack(), {"k": 2}, "tokens", alone=False, common=False),
+        Kind(op, pack(), {"k": 2}, "tokens", alone=True, common=True),
+        Kind(op, Pack.of({}), {"k": 2}, "tokens", alone=True, common=False),
     ]
     assert len({first, *map(known_as, others)}) == 6
     assert KINDS[first].options == {"k": 2}
