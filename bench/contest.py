@@ -23,7 +23,7 @@ from bench.serving import ANSWER
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("PYSTEER_PEERS", ROOT / ".peers"))
-ENOUGH = 3  # rounds that a median and quartiles need
+ENOUGH = 2  # rounds that a work gets however long they take
 PATIENCE = 20.0  # seconds of rounds that a work of the suite gets, unless those that are needed take longer
 LONG = 3.0  # seconds of a run that is profiled only when asked for: hundreds of thousands of calls take minutes to list
 CLOSE = 0.05  # of the change that steering should make: how far a contender may be from it

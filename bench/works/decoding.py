@@ -47,7 +47,7 @@ WORKS = {
     "10 layers, read 128 tokens": Work(prompt=128, layers=10),
     "10 layers, decode, batch 8": Work(8, new=4, layers=10),
     "sweep of 11 strengths": Work(new=12, strengths=11),
-    "sweep of 64 strengths": Work(new=4, strengths=64),
+    "sweep of 64 strengths": Work(prompt=4, new=2, strengths=64),
 }
 # One size for all, so that works differ in what they do alone.
 CACHE = 1 + max(work.prompt + work.new for work in WORKS.values() if work.new)
