@@ -74,7 +74,7 @@ def summarise(measured: Sequence[Row], draws: int = DRAWS, seed: int = 0) -> Row
         values = [value for one in measured for value in np.atleast_1d(one.get(name, [])) if value is not None]
         if values:
             row[name] = float(np.mean(np.asarray(values, dtype=np.float64)))
-    told = {name: measured[0][name] for name in ("dtype",) if name in measured[0]}
+    told = {"dtype": measured[0]["dtype"]} if "dtype" in measured[0] else {}
     return row | told | {"seeds": len(measured), "place": measured[0].get("place", "")}
 
 

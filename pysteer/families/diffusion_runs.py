@@ -100,9 +100,8 @@ class Clock:
             return
         given = torch.as_tensor(timestep).detach()
         # Not item(): nothing here waits for a device. And few calls: this is done at every step, on cold caches.
-        there = given.float() if given.dtype is torch.bfloat16 else given
-        largest = (there if there.device.type == "cpu" else there.cpu()).numpy()
-        number = float(largest if largest.ndim == 0 else largest.max())
+        values = (given.float() if given.dtype is torch.bfloat16 else given).cpu().numpy()
+        number = float(values if values.ndim == 0 else values.max())
         step = self.known.get(number)
         if step is None:
             self._find(given)

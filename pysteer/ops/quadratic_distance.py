@@ -105,10 +105,10 @@ def _compiled_pieces(
         vectors = centred @ precision
         offset = (centred * vectors).sum(-1)
     c = None if scale is None else scale.contiguous()
-    # Measured: a product with few columns takes a sixth less time when these lie side by side.
-    turned = moved.shape[:-1].numel() >= _MANY and len(vectors) <= _FEW
-    weights = vectors.T.contiguous() if turned else vectors.T
     out = torch.empty((moved.shape[:-1].numel(), count), dtype=torch.float32)
+    # Measured: a product with few columns takes a sixth less time when these lie side by side.
+    turned = len(out) >= _MANY and len(vectors) <= _FEW
+    weights = vectors.T.contiguous() if turned else vectors.T
     size = min(max(2 * _CHUNK // max(width, len(vectors), 1), 1), len(out))  # measured: twice what suits torch
     tokens, products = torch.empty((size, width)), torch.empty((size, len(vectors)))
     dense = None if precision is None else torch.empty((size, width))

@@ -95,8 +95,6 @@ class Part:
     @torch.no_grad()
     def set_span(self, lengths: Tensor | None) -> None:
         """Touch the first `lengths[r]` tokens of row r, or those of a span `[R, 2]`; all tokens without lengths."""
-        if lengths is None and self.untouched:
-            return
         room = self.tables[0].capacity
         fits = self.span is not None and len(self.span) >= room and self.span.device == self.device
         shared = all(table.span is self.span for table in self.tables if table.site.layout == "tokens")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pysteer.errors import InputError
@@ -72,19 +73,22 @@ def nucleus(chances: Tensor, top_p: float) -> Iterator[tuple[Tensor, Tensor, Ten
         yield rows[full], tokens[full], inside[full]
         rows, chances = rows[~full], chances[~full]
     if chances.device.type == "cpu":
+        upwards = np.arange(chances.shape[1] - 1, -1, -1, dtype=np.int64)
         for row, own in zip(rows, chances, strict=True):
-            yield row[None], *_sorted(own, top_p)
+            yield row[None], *_sorted(own, upwards, top_p)
         return
     some, tokens = chances.sort(dim=1, descending=True)
     yield rows, tokens, torch.where(some.cumsum(1) - some < top_p, some, 0.0)
 
 
-def _sorted(chances: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The nucleus of one row `[V]` on a CPU: tokens and probabilities `[1, k]`, likeliest first."""
+def _sorted(chances: Tensor, upwards: NDArray[np.int64], top_p: float) -> tuple[Tensor, Tensor]:
+    """The nucleus of one row `[V]` on a CPU: tokens and probabilities `[1, k]`, likeliest first.
+
+    `upwards` are the numbers from V - 1 down to 0: of equal probabilities that of the first token comes first.
+    """
     # One number holds a probability, whose bits are ordered as it is, and the token. NumPy sorts such numbers with
     # vector instructions where there are some, ten times as fast as a sort that has to carry the tokens along.
     size = len(chances)
-    upwards = np.arange(size - 1, -1, -1, dtype=np.int64)  # of equal ones the first token comes first
     keys = np.sort((chances.numpy().view(np.int32).astype(np.int64) << 32) | upwards)[::-1]
     falling = (keys >> 32).astype(np.int32).view(np.float32)
     upto = falling.cumsum()
