@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pysteer.errors import InputError
+from pysteer.models.gguf_files import gguf_read_once
 from pysteer.models.writing import Writing
 
 
@@ -40,8 +42,10 @@ class LanguageModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         words = {key: options[key] for key in ("revision", "token", "cache_dir", "gguf_file") if key in options}
-        tokenizer = AutoTokenizer.from_pretrained(name, **words)
-        return cls(AutoModelForCausalLM.from_pretrained(name, **options).eval(), tokenizer)
+        with gguf_read_once() if options.get("gguf_file") else nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(name, **words)
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        return cls(model.eval(), tokenizer)
 
     @property
     def device(self) -> torch.device:
