@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.serving import ANSWER
+from bench.worker import work
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("PYSTEER_PEERS", ROOT / ".peers"))
 ENOUGH = 2  # rounds that a work gets however long they take
-PATIENCE = 20.0  # seconds of rounds that a work of the suite gets, unless those that are needed take longer
+# Contenders of ours are forked from a process that has these: importing them takes ten seconds each time.
+IMPORTED = ("pysteer", "transformers.models.llama.modeling_llama", "diffusers.models.unets.unet_2d_condition")
+_FORKS = multiprocessing.get_context("forkserver")
+OPENING = 4  # rounds that all get, the first of which does not count; then those that are near are measured better
+NEAR = 1.07  # x the time of the base
+PATIENCE = 10.0  # seconds of rounds that a work of the suite gets, unless those that are needed take longer
 LONG = 3.0  # seconds of a run that is profiled only when asked for: hundreds of thousands of calls take minutes to list
 CLOSE = 0.05  # of the change that steering should make: how far a contender may be from it
 Say = Callable[[str], None]
@@ -52,10 +60,6 @@ class Entry:
     works: tuple[str, ...] = ()
     ours: bool = False
 
-    def python(self) -> Path:
-        """The interpreter that runs it."""
-        return PEERS / self.package / "bin" / "python" if self.package else Path(sys.executable)
-
     def missing(self) -> str:
         """Why it cannot take part, or nothing."""
         if self.package and not (PEERS / self.package / "complete").is_file():
@@ -65,12 +69,6 @@ class Entry:
     def takes(self, work: str) -> bool:
         """Whether it takes part in a work."""
         return not self.works or work in self.works
-
-    def command(self, folder: Path) -> list[str]:
-        """What is run."""
-        if self.package:
-            return [str(self.python()), str(ROOT / "bench/baselines" / f"{self.module}.py"), str(folder)]
-        return [str(self.python()), "-m", "bench.worker", self.module, self.kind, str(folder)]
 
 
 def verdict(output: Tensor, unsteered: Tensor, expected: Tensor | None) -> str:
@@ -103,7 +101,9 @@ class Contender:
     """A running contender."""
 
     entry: Entry
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | BaseProcess
+    commands: IO[str]
+    answers: IO[str]
     output: Path
     refused: str = ""
     seconds: list[float] = field(default_factory=list)
@@ -111,18 +111,16 @@ class Contender:
 
     def ask(self, command: str) -> None:
         """Send one command; `hear` has the answer."""
-        assert self.process.stdin is not None
         try:
-            self.process.stdin.write(command + "\n")
-            self.process.stdin.flush()
+            self.commands.write(command + "\n")
+            self.commands.flush()
         except BrokenPipeError:
             self.refused = self.refused or "its process ended"
 
     def hear(self) -> dict[str, Any]:
         """The answer to the last command; a failure refuses the contender."""
-        assert self.process.stdout is not None
         answer: dict[str, Any] = {"failed": "its process ended"}
-        for line in self.process.stdout:
+        for line in self.answers:
             if line.startswith(ANSWER):
                 answer = json.loads(line.removeprefix(ANSWER))
                 break
@@ -132,42 +130,64 @@ class Contender:
 
     def stop(self) -> None:
         """Let the process end."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.commands.close()
+        if isinstance(self.process, BaseProcess):
+            self.process.join(20)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=20)
+        self.process.kill()  # what has ended already is left alone
+        self.answers.close()
+
+
+def _fork(entry: Entry, folder: Path, threads: int, log: Path) -> tuple[BaseProcess, IO[str], IO[str]]:
+    """A process of ours, and the pipes to it."""
+    _FORKS.set_forkserver_preload(list(IMPORTED))
+    theirs, commands = _FORKS.Pipe(duplex=False)
+    answers, other = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(
+        target=work, args=(entry.module, entry.kind, folder, threads, log, (theirs, other)), daemon=True
+    )
+    process.start()
+    theirs.close()
+    other.close()
+    pipes = [os.fdopen(os.dup(end.fileno()), mode, encoding="utf-8") for end, mode in ((commands, "w"), (answers, "r"))]
+    commands.close()
+    answers.close()
+    return process, pipes[0], pipes[1]
+
+
+def _run_package(entry: Entry, folder: Path, threads: int, log: Path) -> tuple[subprocess.Popen[str], IO[str], IO[str]]:
+    """A process of another package's environment, and the pipes to it."""
+    count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [str(PEERS / entry.package / "bin/python"), str(ROOT / "bench/baselines" / f"{entry.module}.py")]
+    with log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [*command, str(folder)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **count}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
+        )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process, process.stdin, process.stdout
 
 
 def start(entry: Entry, folder: Path, threads: int) -> Contender:
     """Start the process of a contender."""
     slug = "".join(c if c.isalnum() else "-" for c in entry.name)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": str(ROOT),
-        "MKL_NUM_THREADS": str(threads),
-    }
-    log = (folder / f"{slug}.log").open("a", encoding="utf-8")
-    with log:
-        process = subprocess.Popen(
-            entry.command(folder), cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-        )  # fmt: skip
-    return Contender(entry, process, folder / f"{slug}.safetensors")
+    begin = _run_package if entry.package else _fork
+    return Contender(entry, *begin(entry, folder, threads, folder / f"{slug}.log"), folder / f"{slug}.safetensors")
 
 
 def prepare(field: Sequence[Contender], work: str, side_by_side: int) -> None:
     """Make all ready for a work, a few at a time: compiling is not timed."""
-    for i in range(0, len(field), side_by_side):
-        for each in field[i : i + side_by_side]:
-            each.ask(f"prepare {work} {each.output}")
-        for each in field[i : i + side_by_side]:
-            each.facts = each.hear()
+
+    def ready(each: Contender) -> None:
+        each.ask(f"prepare {work} {each.output}")
+        each.facts = each.hear()
+
+    with ThreadPoolExecutor(side_by_side) as pool:
+        list(pool.map(ready, field))
 
 
 def judge(field: Sequence[Contender]) -> None:
@@ -197,7 +217,7 @@ def row_of(each: Contender, base: Contender, work: str) -> dict[str, Any]:
     row: dict[str, Any] = {"work": work, "contender": entry.name, "ours": entry.ours, "refused": each.refused}
     if each.refused or base.refused or not each.seconds:
         return row
-    ratios = [mine / theirs for mine, theirs in zip(each.seconds, base.seconds, strict=True)]
+    ratios = [mine / theirs for mine, theirs in zip(each.seconds, base.seconds, strict=False)]  # some end earlier
     return row | {
         "per_second": each.facts["units"] / statistics.median(each.seconds),
         "seconds": statistics.median(each.seconds),
@@ -224,7 +244,7 @@ class Field:
     folder: Path
 
 
-@contextmanager
+@contextlib.contextmanager
 def running(entries: Sequence[Entry], folder: Path, threads: int = 1) -> Iterator[Field]:
     """Start the processes of all who can take part, and end them.
 
@@ -245,7 +265,7 @@ def running(entries: Sequence[Entry], folder: Path, threads: int = 1) -> Iterato
 
 
 def numbers_of_rounds(rounds: int, patience: float = PATIENCE) -> Iterator[int]:
-    """Numbers of rounds, of which 0 does not count.
+    """Numbers of rounds, of which not all count; see `counted`.
 
     Args:
         rounds: how many are counted at most.
@@ -253,19 +273,53 @@ def numbers_of_rounds(rounds: int, patience: float = PATIENCE) -> Iterator[int]:
     """
     start = time.monotonic()
     for number in range(rounds + 1):
-        if number > ENOUGH and time.monotonic() - start > patience:
+        if number >= ENOUGH and time.monotonic() - start > patience:
             return
         yield number
 
 
-def take_turns(timed: Sequence[Contender], rounds: int, patience: float) -> None:
-    """Time all, round after round in alternating order; see `numbers_of_rounds`."""
+def counted(values: Sequence[float], rounds: int) -> list[float]:
+    """What counts of the figures of all rounds: not the first, in which things warm up, unless each round takes so long
+    that there are only `ENOUGH`."""
+    return list(values[len(values) > min(ENOUGH, rounds) :])
+
+
+def near(each: Contender, base: Contender) -> bool:
+    """Whether the rounds so far, without the first, leave it open who is faster; of the base itself always."""
+    if each.refused or base.refused:  # its process ended
+        return False
+    return (
+        statistics.median(mine / theirs for mine, theirs in zip(each.seconds[1:], base.seconds[1:], strict=True))
+        <= NEAR
+    )
+
+
+def take_turns(timed: Sequence[Contender], base: Contender, rounds: int, patience: float) -> None:
+    """Time all, round after round in alternating order, and after `OPENING` rounds those that are near; see
+    `numbers_of_rounds`."""
     for number in numbers_of_rounds(rounds, patience):
+        if number == OPENING:
+            timed = [each for each in timed if near(each, base)]
         for each in timed if number % 2 else timed[::-1]:
             each.ask("round")
             seconds = each.hear().get("seconds")
-            if number and seconds is not None:
+            if seconds is not None:
                 each.seconds.append(seconds)
+
+
+def count_calls(timed: Sequence[Contender], side_by_side: int, profile: Path | None) -> None:
+    """Add peak memory, recompilations and calls to the facts of contenders that have been timed."""
+
+    def count(each: Contender) -> None:
+        each.ask("end")
+        each.facts |= each.hear()
+        if profile is None and statistics.median(each.seconds or [0.0]) > LONG:
+            return
+        each.ask("profile" if profile is None else f"profile {profile / each.output.stem}")
+        each.facts |= each.hear()
+
+    with ThreadPoolExecutor(side_by_side) as pool:
+        list(pool.map(count, timed))
 
 
 def contest(
@@ -277,12 +331,13 @@ def contest(
     Args:
         field: who takes part.
         work: name of the work.
-        rounds: how often each does it at most, after one round that does not count.
+        rounds: how many rounds count at most; see `counted`.
         base: name of the contender that ratios are taken to, within a round.
         patience: seconds after which no further round begins, once there are `ENOUGH`.
         say: told what happens.
         side_by_side: how many may prepare at the same time.
-        profile: folder for a trace and a list of calls of each contender, None for none.
+        profile: folder for a trace and a list of calls of each contender; None: calls are counted only, unless a run
+            takes longer than `LONG`.
     """
     taking = [each for each in field.contenders if each.entry.takes(work)]
     first = next((each for each in taking if each.entry.name == base), None)
@@ -295,14 +350,10 @@ def contest(
     for each in taking:
         say(f"{work}: {each.entry.name}: {each.refused or 'ready'}")
     timed = [each for each in taking if not each.refused]
-    take_turns(timed, rounds, patience)
+    take_turns(timed, first, rounds, patience)
     for each in timed:
-        each.ask("end")
-        each.facts |= each.hear()
-        if profile is None and statistics.median(each.seconds or [0.0]) > LONG:
-            continue
-        each.ask(f"profile {(profile or field.folder / 'profiles') / work / each.output.stem}")
-        each.facts |= {name: value for name, value in each.hear().items() if name in ("calls", "syncs")}
+        each.seconds = counted(each.seconds, rounds)
+    count_calls(timed, side_by_side, None if profile is None else profile / work)
     rows = [row_of(each, first, work) for each in taking]
     absent = [entry for entry in field.absent if entry.takes(work)]
     return rows + [{"work": work, "contender": e.name, "ours": e.ours, "refused": e.missing()} for e in absent]

@@ -10,6 +10,7 @@ whose rows are not those of separate runs gets no time.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import pysteer
-from bench.contest import PATIENCE, numbers_of_rounds, quartiles, verdict
+from bench.contest import PATIENCE, counted, numbers_of_rounds, quartiles, verdict
 from bench.record import append, machine
 from bench.serving import seconds_of
 from bench.works import decoding
@@ -26,7 +27,8 @@ from bench.works.language import keep_layers
 from pysteer.steering import Plan, SiteParameters
 
 BATCHES = (1, 4, 16, 64, 256)
-LAYERS = 6  # of 30
+INFINITY_BATCHES = (16,)  # compiling every scale takes a minute and more
+LAYERS = 2  # of 30: all are alike, and compiling all of them would tell nothing more
 Call = Callable[[], Tensor]
 
 
@@ -44,26 +46,26 @@ def shift_plans(sites: Sequence[tuple[str, int]], count: int, seed: int, rows: s
 
 
 def language_pair(batch: int, layers: int, compiled: bool = True) -> dict[str, tuple[Call, Call]]:
-    """`one` and `many` settings: set-up and decode of a batch of the same prompt.
+    """`one` and `many` settings, and `none` to compare with, which is eager: set-up and decode of the same prompt.
 
     Args:
         batch: rows.
-        layers: how many are taken, without the head: all are alike, and compiling all of them would tell nothing more.
+        layers: how many are taken, without the head.
         compiled: whether the model is compiled.
     """
     from pysteer.models.language import smollm2
 
-    made = {}
+    whole, made = smollm2().model, {}
+    keep_layers(whole, layers)
     for name in ("none", "one", "many"):
-        model = smollm2().model
-        keep_layers(model, layers)
+        model = copy.deepcopy(whole)
         width = model.config.hidden_size
         sites = [(f"block.{i}", width) for i in range(len(model.model.layers))]
         if name != "none":
             plans = shift_plans(sites, batch if name == "many" else 1, seed=0)
             pysteer.steer(model, plans if name == "many" else plans[0], capacity=batch).__enter__()
         body = model.model
-        call = torch.compile(body, dynamic=False) if compiled else None
+        call = torch.compile(body, dynamic=False) if compiled and name != "none" else None
         decoder = decoding.Decoder(body, decoding.Work(1, 8, 4 if batch < 64 else 2), call, rows=batch)
         made[name] = (decoder.setup, decoder.run)
     return made
@@ -81,7 +83,7 @@ def infinity_pair(batch: int) -> dict[str, tuple[Call, Call]]:
             sites = [(f"ffn.{i}", config.dim) for i in range(config.depth)]
             plans = shift_plans(sites, batch if name == "many" else 1, seed=0)
             pysteer.steer(pipe, plans if name == "many" else plans[0]).__enter__()
-        pipe.compile()
+            pipe.compile()
         text, bits = pipe.encode_text(["a large red circle"] * batch), forced_bits(config, batch)
         bits = [each[:1].expand(batch, -1, -1) for each in bits]
 
@@ -118,22 +120,18 @@ def measure(
     row: dict[str, Any] = {"model": label, "settings": batch, "refused": check_rows(outputs)}
     if row["refused"]:
         return row
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {"one": [], "many": []}
     for number in numbers_of_rounds(rounds, patience):
-        for name in list(calls)[:: 1 if number % 2 else -1]:
+        for name in list(seconds)[:: 1 if number % 2 else -1]:
             setup, run = calls[name]
             setup()
-            took = seconds_of(run)
-            if number:
-                seconds[name].append(took)
-    pairs = zip(seconds["many"], seconds["one"], strict=True)
-    ratios = [many / one for many, one in pairs]
-    steered = [one / none for one, none in zip(seconds["one"], seconds["none"], strict=True)]
+            seconds[name].append(seconds_of(run))
+    many, one = (counted(seconds[name], rounds) for name in ("many", "one"))
+    ratios = [mine / base for mine, base in zip(many, one, strict=True)]
     return row | {
         "ratio": statistics.median(ratios),
         "ratio_quartiles": quartiles(ratios),
-        "one_over_unsteered": statistics.median(steered),
-        "seconds": statistics.median(seconds["many"]),
+        "seconds": statistics.median(many),
         "rounds": len(ratios),
     }
 
@@ -145,11 +143,11 @@ def run_rows(*, quick: bool, rounds: int, patience: float = PATIENCE, store: boo
     rows = []
     for batch in (4, 16) if quick else BATCHES:
         torch.compiler.reset()
-        layers = 3 if quick else LAYERS
+        layers = 1 if quick else LAYERS
         pair = language_pair(batch, layers)
         rows.append(measure(f"{layers} layers of SmolLM2, decode", batch, pair, rounds, patience))
         print(rows[-1], flush=True)
-    for batch in (16,) if quick else (4, 16, 64):
+    for batch in INFINITY_BATCHES:
         torch.compiler.reset()
         rows.append(measure("infinity-shapes", batch, infinity_pair(batch), rounds, patience))
         print(rows[-1], flush=True)
@@ -163,12 +161,10 @@ def table(result: dict[str, Any]) -> str:
     """The Markdown table of a stored result."""
     from bench.speed_table import ratio_of, where_of
 
-    lines = ["| model | settings in one batch | time / one setting | one setting / unsteered |", "|---" * 4 + "|"]
+    lines = ["| model | settings in one batch | time / one setting |", "|---" * 3 + "|"]
     for row in result["rows"]:
-        figures = (
-            f"{ratio_of(row)} | {row['one_over_unsteered']:.3f}" if "ratio" in row else f"no time: {row['refused']} |"
-        )
-        lines.append(f"| {row['model']} | {row['settings']} | {figures} |")
+        figure = ratio_of(row) if "ratio" in row else f"no time: {row['refused']}"
+        lines.append(f"| {row['model']} | {row['settings']} | {figure} |")
     return "\n".join([*lines, "", where_of(result) + "."])
 
 
@@ -176,10 +172,12 @@ def main() -> None:
     """Run, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds after which no further round begins")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--dry-run", action="store_true", help="do not store the result")
     asked = parser.parse_args()
-    print(table(run_rows(quick=asked.quick, rounds=asked.rounds, store=not asked.dry_run)))
+    result = run_rows(quick=asked.quick, rounds=asked.rounds, patience=asked.patience, store=not asked.dry_run)
+    print(table(result))
 
 
 if __name__ == "__main__":

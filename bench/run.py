@@ -10,6 +10,7 @@ on the machine hits all of them alike. An op whose result is wrong at a shape ge
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -34,6 +35,7 @@ from checking import compare, compare_general
 
 SHORTEST = 2e-3  # seconds of one measurement; shorter calls are repeated
 LONGEST = 0.3  # seconds; what takes n times as long is measured in every n-th round
+FEW, PATIENCE = 7, 2.0  # rounds that a row gets however long they take; seconds after which no further one begins
 MEMORY = 3 << 30  # bytes of an activation in fp64, above which a smaller batch is checked
 
 
@@ -182,13 +184,17 @@ def measure(row: Row, device: str, rounds: int, forced: list[str | None]) -> dic
     with torch.no_grad():
         field = contenders(row, device, right)
         ratios: dict[str, list[float]] = {each.name: [] for each in field}
+        start = time.monotonic()
         for number in range(rounds):
+            if number >= FEW and time.monotonic() - start > PATIENCE:
+                break
+            done = number + 1
             taking = [each for each in field if not number % each.every]
             for each in random.sample(taking, len(taking)):
                 each.seconds.append(each.measure())
             for each in taking:
                 ratios[each.name].append(each.seconds[-1] / field[0].seconds[-1])
-    result["rounds"], result["floor"] = rounds, field[0].name
+    result["rounds"], result["floor"] = done, field[0].name
     result["seconds"] = {each.name: quantiles(each.seconds) for each in field}
     result["times_floor"] = {name: quantiles(values) for name, values in ratios.items()}
     return result
@@ -206,6 +212,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def chosen_rows(device: str, ops: list[str] | None) -> list[Row]:
+    """The rows of some ops, or of all: the first of every op, then the second ones, so a limit leaves no op out."""
+    by_op = [
+        [row for row in known.rows if device in row.devices]
+        for name, known in measured().items()
+        if not ops or name in ops
+    ]
+    return [row for nth in itertools.zip_longest(*by_op) for row in nth if row is not None]
+
+
 def main() -> None:
     """Measure, print, store; the exit code says whether every op was right at every shape."""
     asked = arguments()
@@ -215,12 +231,7 @@ def main() -> None:
     forced: list[str | None] = [None]
     if asked.device == "cuda":
         forced = [None, *(name for name in ("triton", "cuda") if status[name].live)]
-    rows = [
-        row
-        for name, known in measured().items()
-        for row in known.rows
-        if asked.device in row.devices and (not asked.op or name in asked.op)
-    ]
+    rows = chosen_rows(asked.device, asked.op)
     results: list[dict[str, Any]] = []
     result = {**machine(), "device": asked.device, "rounds": asked.rounds, "rows": results}
     start = time.monotonic()

@@ -19,10 +19,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.contest import PATIENCE, ROOT, Entry, contest, running
 from bench.record import append, machine
@@ -61,8 +64,9 @@ class Part:
     case: str = ""
 
 
-def _entries(module: str, prefix: str, others: tuple[Entry, ...]) -> tuple[Entry, ...]:
-    """The contenders that every part has, and those of this one."""
+def _entries(module: str, prefix: str, full: tuple[str, ...], others: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The contenders that every part has, and those of this one; in the works `full` (all, if there are none) the plain
+    model takes part twice, to show how much two processes differ that do the same."""
     return (
         Entry(BASE_EAGER, module, f"{prefix}unsteered eager", steers=False),
         Entry("plain hooks, eager", module, f"{prefix}hooks eager"),
@@ -70,7 +74,7 @@ def _entries(module: str, prefix: str, others: tuple[Entry, ...]) -> tuple[Entry
         Entry("pysteer, compiled", module, f"{prefix}pysteer compiled", ours=True),
         Entry("pysteer, eager", module, f"{prefix}pysteer eager", ours=True),
         *others,
-        Entry(f"{BASE}, again", module, f"{prefix}unsteered compiled", steers=False),  # the compiler's cache has it
+        Entry(f"{BASE}, again", module, f"{prefix}unsteered compiled", steers=False, works=full),
     )
 
 
@@ -82,48 +86,61 @@ def _both(name: str, module: str, kind: str, compiled: tuple[str, ...] = ()) -> 
     )
 
 
-def _eager(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-    return tuple(entry for entry in entries if "compiled" not in entry.name)
-
-
-_DECODING = ("read-128-tokens", "decode,-batch-1", "decode,-batch-8", "decode,-batch-64")
 # Works that everything compiled takes part in: compiling 30 layers takes a minute per contender and work.
-_ALL_COMPILED = ("read-128-tokens", "decode,-batch-8")
+_FULL = {
+    "language": ("decode,-batch-8",),
+    "language-maps": ("5-layers,-decode,-batch-8",),
+    "infinity": ("images,-batch-16", "images,-batch-4"),
+}
 _PACKAGES = (
     Entry("package repeng", "package_repeng", package="repeng"),
     Entry("package steering-vectors", "package_steering_vectors", package="steering-vectors"),
 )
-_SHIFT = _entries(
-    LANGUAGE,
-    "blocks/",
-    (
-        Entry("plain hooks, compiled", LANGUAGE, "blocks/hooks compiled", works=_ALL_COMPILED),
-        Entry("our reference, compiled", LANGUAGE, "blocks/reference compiled", works=_ALL_COMPILED),
-        *_both("repeng's way", LANGUAGE, "blocks/repeng", _ALL_COMPILED),
-        *_PACKAGES,
-    ),
-)
+_SWEEPS = ("sweep-of-11-strengths", "sweep-of-64-strengths")
 PARTS = {
-    "language": Part(_DECODING, ("decode,-batch-8",), _SHIFT, layers=2, case=LANGUAGE),
+    "language": Part(
+        ("read-128-tokens", "decode,-batch-1", "decode,-batch-8", "decode,-batch-64"),
+        ("decode,-batch-8",),
+        _entries(
+            LANGUAGE,
+            "blocks/",
+            _FULL["language"],
+            (
+                Entry("plain hooks, compiled", LANGUAGE, "blocks/hooks compiled", works=_FULL["language"]),
+                Entry("our reference, compiled", LANGUAGE, "blocks/reference compiled", works=_FULL["language"]),
+                *_both("repeng's way", LANGUAGE, "blocks/repeng", _FULL["language"]),
+                *_PACKAGES,
+            ),
+        ),
+        layers=2,
+        case=LANGUAGE,
+    ),
     "language-maps": Part(
-        ("10-layers,-read-128-tokens", "10-layers,-decode,-batch-8"),
+        ("5-layers,-read-128-tokens", "5-layers,-decode,-batch-8"),
         ("decode,-batch-8",),
         _entries(
             LANGUAGE,
             "norms/",
+            _FULL["language-maps"],
             (
-                Entry("our reference, compiled", LANGUAGE, "norms/reference compiled"),
-                *_both("ml-act's way, linear", LANGUAGE, "norms/linear-act"),
-                *_both("ml-act's way, Gaussian", LANGUAGE, "norms/gaussian-act"),
+                Entry("our reference, compiled", LANGUAGE, "norms/reference compiled", works=_FULL["language-maps"]),
+                *_both("ml-act's way, linear", LANGUAGE, "norms/linear-act", _FULL["language-maps"]),
+                *_both("ml-act's way, Gaussian", LANGUAGE, "norms/gaussian-act", _FULL["language-maps"]),
             ),
         ),
         layers=2,
         case=LANGUAGE,
     ),
     "sweep": Part(
-        ("sweep-of-11-strengths", "sweep-of-64-strengths"),
-        ("sweep-of-11-strengths",),
-        _eager(_SHIFT),
+        _SWEEPS,
+        _SWEEPS[:1],
+        (
+            Entry(BASE_EAGER, LANGUAGE, "blocks/unsteered eager", steers=False),
+            Entry("plain hooks, eager", LANGUAGE, "blocks/hooks eager"),
+            Entry("pysteer, eager", LANGUAGE, "blocks/pysteer eager", ours=True),
+            Entry("repeng's way, eager", LANGUAGE, "blocks/repeng eager", works=_SWEEPS[:1]),
+            *_PACKAGES,
+        ),
         base="plain hooks, eager",
         layers=2,
         case=LANGUAGE,
@@ -148,21 +165,22 @@ PARTS = {
         _entries(
             INFINITY,
             "",
+            _FULL["infinity"],
             (
-                Entry("our reference, compiled", INFINITY, "reference compiled"),
-                *_both("the Infinity wrapper's way", INFINITY, "wrapper"),
+                Entry("our reference, compiled", INFINITY, "reference compiled", works=_FULL["infinity"]),
+                *_both("the Infinity wrapper's way", INFINITY, "wrapper", _FULL["infinity"]),
             ),
         ),
     ),
     "unet": Part(
         ("unet,-all-sites,-batch-4",),
         ("unet,-all-sites,-batch-2",),
-        _entries(UNET, "", (Entry("plain hooks, compiled", UNET, "hooks compiled"),)),
+        _entries(UNET, "", (), (Entry("plain hooks, compiled", UNET, "hooks compiled"),)),
     ),
     "unlearning": Part(
         ("unet,-autoencoder,-batch-4",),
         ("unet,-autoencoder,-batch-2",),
-        _entries(UNET, "", (Entry("SAeUron's way, compiled", UNET, "hooks compiled"),)),
+        _entries(UNET, "", (), (Entry("SAeUron's way, compiled", UNET, "hooks compiled"),)),
     ),
 }
 Say = Callable[[str], None]
@@ -208,16 +226,44 @@ def measure_part(
     return {"rows": rows, "seconds": seconds}
 
 
+@contextmanager
+def beside(command: list[str]) -> Iterator[None]:
+    """Run a command meanwhile.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=sys.stderr)
+    try:
+        yield
+        if process.wait():
+            raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
 def run_speed(
     parts: list[str], folder: Path, *, quick: bool, rounds: int, patience: float = PATIENCE,
-    profile: Path | None = None, store: bool = True,
+    profile: Path | None = None, store: bool = True, meanwhile: dict[str, list[str]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure parts, add the result to the stored ones and forget what was kept for a resumption."""
+    """Measure parts, add the result to the stored ones and forget what was kept for a resumption.
+
+    Args:
+        parts: names.
+        folder: for logs and for resuming.
+        quick: small sizes; rounds, patience, profile: see `measure_part`.
+        store: whether the result is kept.
+        meanwhile: part -> arguments of a Python that runs beside it.
+    """
     folder = folder / ("quick" if quick else "full")
     rows: list[dict[str, Any]] = []
     seconds = {}
     for name in parts:
-        found = measure_part(name, folder, quick=quick, rounds=rounds, patience=patience, profile=profile)
+        command = (meanwhile or {}).get(name)
+        with beside(command) if command else nullcontext():
+            found = measure_part(name, folder, quick=quick, rounds=rounds, patience=patience, profile=profile)
         rows += found["rows"]
         seconds[name] = round(found["seconds"], 1)
     threads = {"threads_per_contender": 1, "load": os.getloadavg()[0]}
@@ -234,11 +280,16 @@ def run_speed(
     return result
 
 
-def run_ops(quick: bool) -> None:
-    """The ops, by `bench.run`."""
-    command = [sys.executable, "-m", "bench.run", "--threads", "1", "--rounds", "5" if quick else "15"]
-    command += ["--limit", "30" if quick else "180"]
-    subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr)
+def ops_command(quick: bool) -> list[str]:
+    """What measures the ops, as many as fit into its time."""
+    limits = ["--rounds", "5", "--limit", "30"] if quick else ["--rounds", "15", "--limit", "130"]
+    return ["-m", "bench.run", "--threads", "1", *limits]
+
+
+def rows_command(quick: bool, rounds: int, patience: float, store: bool) -> list[str]:
+    """What measures many settings in one batch."""
+    command = ["-m", "bench.rows", "--rounds", str(rounds), "--patience", str(patience)]
+    return command + ["--quick"] * quick + ["--dry-run"] * (not store)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -264,16 +315,19 @@ def main(words: list[str] | None = None) -> None:
     rounds = asked.rounds or (3 if asked.quick else 30)
     chosen = asked.part or [*PARTS, "ops", "rows"]
     if "ops" in chosen and not asked.dry_run:
-        run_ops(asked.quick)
+        subprocess.run([sys.executable, *ops_command(asked.quick)], cwd=ROOT, check=False, stdout=sys.stderr)
+    meanwhile = {}
     if "rows" in chosen:
-        from bench.rows import run_rows
-
-        run_rows(quick=asked.quick, rounds=rounds, patience=asked.patience, store=not asked.dry_run)
+        command = rows_command(asked.quick, rounds, asked.patience, not asked.dry_run)
+        if "sweep" in chosen and not torch.cuda.is_available() and (os.cpu_count() or 1) > 1:
+            meanwhile["sweep"] = command  # which takes one core, and tells of factors
+        else:
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=sys.stderr)
     parts = [name for name in chosen if name in PARTS]
     if parts:
         result = run_speed(
             parts, asked.folder.resolve(), quick=asked.quick, rounds=rounds, patience=asked.patience,
-            store=not asked.dry_run,
+            store=not asked.dry_run, meanwhile=meanwhile,
             profile=None if asked.profile is None else asked.profile.resolve(),
         )  # fmt: skip
         print(speed_table([result]))

@@ -44,9 +44,9 @@ WORKS = {
     "decode, batch 1": Work(1, new=4),
     "decode, batch 8": Work(8, new=4),
     "decode, batch 64": Work(64, new=2),
-    "10 layers, read 128 tokens": Work(prompt=128, layers=10),
-    "10 layers, decode, batch 8": Work(8, new=4, layers=10),
-    "sweep of 11 strengths": Work(new=12, strengths=11),
+    "5 layers, read 128 tokens": Work(prompt=128, layers=5),
+    "5 layers, decode, batch 8": Work(8, new=4, layers=5),
+    "sweep of 11 strengths": Work(new=4, strengths=11),
     "sweep of 64 strengths": Work(prompt=4, new=2, strengths=64),
 }
 # One size for all, so that works differ in what they do alone.

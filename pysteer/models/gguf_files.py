@@ -37,7 +37,7 @@ def _plain_reader(base: type) -> type:
     much, and a vocabulary is read string by string."""
     import numpy as np
 
-    class Reader(base):  # type: ignore[misc]
+    class Reader(base):
         @property
         def data(self) -> Any:
             return self._plain

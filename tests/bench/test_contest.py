@@ -1,17 +1,22 @@
 """A contest gives no time to who does not change the output, or changes it wrongly."""
 
+import math
+from types import SimpleNamespace
+
 import torch
 
-from bench.contest import ENOUGH, Entry, contest, running, verdict
+from bench.contest import ENOUGH, OPENING, Entry, contest, near, running, verdict
 from bench.serving import Prepared, Server
 from bench.speed_table import line, not_fastest
 
 X = torch.randn(4, 5)
 
 
-def hold(entries, folder, rounds=1):
+def hold(entries, folder, rounds=1, profile=None):
     with running(entries, folder) as field:
-        return contest(field, "work", rounds=rounds, base="unsteered", say=lambda text: None, side_by_side=6)
+        return contest(
+            field, "work", rounds=rounds, base="unsteered", say=lambda text: None, side_by_side=6, profile=profile
+        )
 
 
 def test_a_verdict_on_every_way_to_cheat():
@@ -35,7 +40,7 @@ def test_processes_in_turn_and_only_the_right_ones_have_a_time(tmp_path):
     entries = [Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in kinds]
     entries.append(Entry("absent", "package_absent", package="no-such-package"))
     entries.append(Entry("elsewhere", "tests.bench.fake_work", "right", works=("another work",)))
-    rows = hold(entries, tmp_path, rounds=2)
+    rows = hold(entries, tmp_path, rounds=2, profile=tmp_path / "profiles")
     by_name = {row["contender"]: row for row in rows}
     assert list(by_name) == [*kinds, "absent"]
     timed = {name for name, row in by_name.items() if "ratio" in row}
@@ -54,7 +59,8 @@ def test_processes_in_turn_and_only_the_right_ones_have_a_time(tmp_path):
     assert (tmp_path / "profiles/work/right/trace.json").is_file()
 
 
-def test_processes_do_several_works_and_rounds_end_when_patience_does(tmp_path):
+def test_processes_do_several_works_and_rounds_end_when_patience_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.contest.NEAR", math.inf)
     entries = [
         Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in ("unsteered", "plain")
     ]
@@ -70,6 +76,22 @@ def test_processes_do_several_works_and_rounds_end_when_patience_does(tmp_path):
     assert [row["rounds"] for row in works["first"]] == [ENOUGH] * 3
     assert [row.get("rounds") for row in works["second"]] == [5, 5, None]
     assert "cannot be prepared" in works["second"][2]["refused"]  # it failed in one work, not in the other
+
+
+def test_those_far_from_the_base_are_not_timed_in_every_round(tmp_path, monkeypatch):
+    entries = [
+        Entry(kind, "tests.bench.fake_work", kind, steers=kind != "unsteered") for kind in ("unsteered", "plain")
+    ]
+    monkeypatch.setattr("bench.contest.near", lambda each, base: each is base)
+    rows = hold(entries, tmp_path, rounds=9)
+    assert [row["rounds"] for row in rows] == [9, OPENING - 1]
+
+
+def test_who_is_near():
+    base, close, far, gone = (SimpleNamespace(refused="", seconds=[9.0, t, t, t]) for t in (1.0, 1.01, 2.0, 1.0))
+    gone.refused = "its process ended"
+    assert [near(each, base) for each in (base, close, far, gone)] == [True, True, False, False]
+    assert not near(close, gone)
 
 
 def test_long_runs_are_profiled_only_when_asked_for(tmp_path, monkeypatch):

@@ -74,9 +74,11 @@ def test_a_file_is_read_once_and_gives_the_same(folder, monkeypatch):
 
 def test_the_package_is_left_as_it_was(folder):
     before = gguf.GGUFReader, gguf.get_tensor_name_map
-    with pytest.raises(RuntimeError), gguf_read_once():
+    with gguf_read_once():
         assert gguf.GGUFReader is not before[0]
-        raise RuntimeError
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+    with pytest.raises(FileNotFoundError), gguf_read_once():
+        gguf.GGUFReader(folder / "absent.gguf")
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
