@@ -132,12 +132,11 @@ class Contender:
         """Let the process end."""
         with contextlib.suppress(BrokenPipeError):
             self.commands.close()
-        if isinstance(self.process, BaseProcess):
-            self.process.join(20)
-        else:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=20)
+        wait = self.process.join if isinstance(self.process, BaseProcess) else self.process.wait
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            wait(20)
         self.process.kill()  # what has ended already is left alone
+        wait()
         self.answers.close()
 
 
@@ -288,10 +287,8 @@ def near(each: Contender, base: Contender) -> bool:
     """Whether the rounds so far, without the first, leave it open who is faster; of the base itself always."""
     if each.refused or base.refused:  # its process ended
         return False
-    return (
-        statistics.median(mine / theirs for mine, theirs in zip(each.seconds[1:], base.seconds[1:], strict=True))
-        <= NEAR
-    )
+    ratios = [mine / theirs for mine, theirs in zip(each.seconds[1:], base.seconds[1:], strict=True)]
+    return statistics.median(ratios) <= NEAR
 
 
 def take_turns(timed: Sequence[Contender], base: Contender, rounds: int, patience: float) -> None:
