@@ -26,10 +26,10 @@ from bench.worker import work
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(os.environ.get("PYSTEER_PEERS", ROOT / ".peers"))
-ENOUGH = 2  # rounds that a work gets however long they take
 # Contenders of ours are forked from a process that has these: importing them takes ten seconds each time.
 IMPORTED = ("pysteer", "transformers.models.llama.modeling_llama", "diffusers.models.unets.unet_2d_condition")
 _FORKS = multiprocessing.get_context("forkserver")
+ENOUGH = 2  # rounds that a work gets however long they take
 OPENING = 4  # rounds that all get, the first of which does not count; then those that are near are measured better
 NEAR = 1.07  # x the time of the base
 PATIENCE = 10.0  # seconds of rounds that a work of the suite gets, unless those that are needed take longer

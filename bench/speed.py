@@ -89,7 +89,7 @@ def _both(name: str, module: str, kind: str, compiled: tuple[str, ...] = ()) -> 
 # Works that everything compiled takes part in: compiling 30 layers takes a minute per contender and work.
 _FULL = {
     "language": ("decode,-batch-8",),
-    "language-maps": ("5-layers,-decode,-batch-8",),
+    "language-maps": ("5-layers,-decode,-batch-8", "decode,-batch-8"),
     "infinity": ("images,-batch-16", "images,-batch-4"),
 }
 _PACKAGES = (

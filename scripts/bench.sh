@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs all benchmarks, stores the results, flags regressions and writes the tables; for a scheduled run:
-#   scripts/bench.sh            about 80 minutes on two CPU cores; the same command goes on after an interruption
+#   scripts/bench.sh            one to two hours on two CPU cores; the same command goes on after an interruption
 #   scripts/bench.sh --quick    small sizes
 #
 # The exit code says whether anything failed or got slower beyond the noise.

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
-from unittest.mock import patch
 
 
 @contextmanager
@@ -23,6 +22,8 @@ def gguf_read_once() -> Iterator[None]:
     if find_spec("gguf") is None:  # transformers says what is missing
         yield
         return
+    from unittest.mock import patch  # imports asyncio, so not with the module
+
     import gguf
 
     with (
