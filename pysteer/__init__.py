@@ -8,6 +8,7 @@ Attributes load on first use, so `import pysteer` needs neither a GPU, nor Trito
     Plan       what to change, where, when and how strongly
     backend    choose which kernels run ("reference", "cpu", "triton", "cuda")
     fit        fit a method at a list of sites
+    Examples   prompts of two classes that run once for any number of fits
     Method     base class of the methods
     zoo        the bundled generators
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pysteer import zoo
+    from pysteer.capture.examples import Examples
     from pysteer.capture.fit import fit
     from pysteer.capture.fitted import Fitted
     from pysteer.errors import InputError, PysteerError
@@ -36,6 +38,7 @@ _ATTRIBUTES = {
     "SiteParameters": "pysteer.steering",
     "backend": "pysteer.ops",
     "fit": "pysteer.capture",
+    "Examples": "pysteer.capture",
     "Fitted": "pysteer.capture",
     "Method": "pysteer.methods",
     "InputError": "pysteer.errors",
@@ -70,6 +73,7 @@ __all__ = [
     "backend",
     "bake",
     "bake_lora",
+    "Examples",
     "fit",
     "steer",
     "zoo",

@@ -51,7 +51,7 @@ class Sizes:
     pairs: int = 96
     efficiency: tuple[int, ...] = (8, 32, 128, 512)
     efficiency_seeds: int = 2
-    search: int = 24
+    search: int = 20
     prompts: int = 48
     beside: int = 32
 
@@ -88,17 +88,28 @@ QUICK_SUITE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+# Examples per side that there are for a generator, where these are few.
+LARGEST = {"smollm2": 64}
+
+
+def main_pairs(generator: str, pairs: int) -> int:
+    """Examples per side that the methods of a generator are compared with: `pairs`, or all there are."""
+    return min(pairs, LARGEST.get(generator, pairs))
+
+
 def cells_of(suite: dict[str, tuple[tuple[str, ...], tuple[str, ...]]], sizes: Sizes) -> list[Cell]:
     """All cells, generator by generator: methods over seeds, then controls, then other numbers of examples."""
     found: list[Cell] = []
     for generator, (concepts, methods) in suite.items():
+        every = main_pairs(generator, sizes.pairs)
+        others = [pairs for pairs in sizes.efficiency if pairs <= LARGEST.get(generator, pairs) and pairs != every]
         for concept in concepts:
             for seed in range(sizes.seeds):
-                found += [Cell(generator, concept, method, sizes.pairs, seed) for method in methods]
+                found += [Cell(generator, concept, method, every, seed) for method in methods]
             for method in (m for m in methods if m in CONTROLLED):
                 for seed in range(sizes.efficiency_seeds):
-                    found += [Cell(generator, concept, method, sizes.pairs, seed, c) for c in ("shuffled", "random")]
-                    found += [Cell(generator, concept, method, pairs, seed) for pairs in sizes.efficiency]
+                    found += [Cell(generator, concept, method, every, seed, c) for c in ("shuffled", "random")]
+                    found += [Cell(generator, concept, method, pairs, seed) for pairs in others]
     return found
 
 

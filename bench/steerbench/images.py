@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.steerbench.cells import Cell, Sizes, plain
-from pysteer.capture import Fitted, fit
+from pysteer.capture import Examples, Fitted
 from pysteer.errors import InputError
 from pysteer.metrics import change_outside, frechet_distance
 from pysteer.recipes.comparison.contenders import Contender, find_contenders
+from pysteer.recipes.comparison.places import Place
 from pysteer.recipes.prototype.config import PrototypeConfig
 from pysteer.recipes.prototype.judge import Judgement, ShapesJudge
 from pysteer.recipes.prototype.painter import Painter
@@ -32,7 +33,7 @@ CONCEPTS: dict[str, tuple[dict[str, str], dict[str, str | None]]] = {
     "negation": ({"shape": "star"}, {"shape": None}),
 }
 _SETTINGS: dict[str, dict[str, Any]] = {"diffusion-shapes": {"num_inference_steps": 12}}
-_BATCH = {"infinity-shapes": 96, "diffusion-shapes": 24}
+_BATCH = {"infinity-shapes": 25, "diffusion-shapes": 24}
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class ImageBench:
         self.painter = Painter(self.pipe, config, _SETTINGS.get(generator, {}))
         self.judge = ShapesJudge(load_classifier("shapes"))
         self.known: dict[tuple[str, int], dict[str, Any]] = {}
+        self.examples: dict[tuple[str, int, Place], Examples] = {}
 
     def _paint(
         self, prompts: Sequence[str], seeds: Sequence[int], plan: Plan | None = None, level: Any = 1.0
@@ -148,13 +150,21 @@ class ImageBench:
     def _others(self, concept: str, seen: Judgement) -> list[str]:
         return [name for name in seen.labels if name not in CONCEPTS[concept][0]]
 
+    def _examples(self, cell: Cell, place: Place, data: Drawn) -> Examples:
+        """The examples of a concept and seed at a place, run once for all the cells that are fitted on them."""
+        key = (cell.concept, cell.seed, place)
+        if key not in self.examples:
+            self.examples = {k: kept for k, kept in self.examples.items() if k[:2] == key[:2]}
+            self.examples[key] = Examples(
+                self.pipe, data.source, data.target, sites=place.sites, steps=place.steps, seeds=data.seeds,
+                batch_size=self.painter.batch_size, settings=self.painter.settings,
+            )  # fmt: skip
+        return self.examples[key]
+
     def _fit(self, cell: Cell, contender: Contender, data: Drawn) -> Fitted:
-        place, count = contender.place, cell.pairs
-        control = "shuffled" if cell.control == "shuffled" else None
-        fitted = fit(
-            self.pipe, contender.method, data.source[:count], data.target[:count], sites=place.sites,
-            steps=place.steps, sequential=place.sequential, seeds=data.seeds[:count], control=control,
-            batch_size=self.painter.batch_size, fit_seed=cell.seed, settings=self.painter.settings,
+        fitted = self._examples(cell, contender.place, data).fit(
+            contender.method, first=cell.pairs, sequential=contender.place.sequential, fit_seed=cell.seed,
+            control="shuffled" if cell.control == "shuffled" else None,
         )  # fmt: skip
         return fitted.random_direction(cell.seed) if cell.control == "random" else fitted
 

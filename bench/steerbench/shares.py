@@ -21,10 +21,23 @@ def processes_here() -> int:
 
 
 def share_of(cells: Sequence[Cell], share: int, shares: int) -> list[Cell]:
-    """The cells of one of `shares` processes; those of a concept and seed share unsteered images and stay together."""
-    groups = list(dict.fromkeys((cell.generator, cell.concept, cell.seed) for cell in cells))
-    mine = set(groups[share::shares])
-    return [cell for cell in cells if (cell.generator, cell.concept, cell.seed) in mine]
+    """The cells of one of `shares` processes.
+
+    Those of a concept and seed share unsteered images and activations and stay together. Every process has about as
+    many cells of each generator.
+    """
+    groups: dict[tuple[str, str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.generator, cell.concept, cell.seed), []).append(cell)
+    counts: dict[str, list[int]] = {}
+    mine = set()
+    for key in sorted(groups, key=lambda key: -len(groups[key])):  # the largest first, each to who has the fewest
+        own = counts.setdefault(key[0], [0] * shares)
+        least = own.index(min(own))
+        own[least] += len(groups[key])
+        if least == share:
+            mine.add(key)
+    return [cell for key, group in groups.items() if key in mine for cell in group]
 
 
 def run_shares(words: Sequence[str], shares: int) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import torch
 
 from bench.steerbench.cells import Cell, Sizes
 from bench.steerbench.images import rising
-from pysteer.capture import fit
+from pysteer.capture import Examples
 from pysteer.data.tasks import Task, TaskSettings, load_task
 from pysteer.errors import InputError
 from pysteer.metrics.concepts import mentions
@@ -17,6 +18,7 @@ from pysteer.metrics.perplexity import Likelihood, continuation_likelihood
 from pysteer.models.language import LanguageModel
 from pysteer.recipes.act_text import fast_bfloat16
 from pysteer.recipes.comparison.contenders import find_contenders
+from pysteer.recipes.comparison.places import Place
 from pysteer.recipes.transport.decoder import Request, RowDecoder, in_order
 from pysteer.recipes.transport.sampling import Sampling
 from pysteer.steering import Plan
@@ -46,6 +48,7 @@ class TextBench:
         # All rows of a search at once: a matrix product of 120 rows takes a third less time per row than one of 48.
         self.decoder = RowDecoder(self.lm, rows=128, max_new_tokens=NEW_TOKENS, sampling=sampling, skip=1)
         self.known: dict[tuple[str, int, bool], tuple[list[str], Likelihood]] = {}
+        self.examples: dict[tuple[str, int, Place], Examples] = {}
 
     def _write(self, prompts: list[str], levels: tuple[float, ...], plan: Plan | None, count: int, seed: int) -> Any:
         """Texts and their likelihood under the unsteered model, level by level."""
@@ -68,16 +71,25 @@ class TextBench:
     def _asked(self, task: Task, search: bool) -> tuple[list[str], int]:
         return (task.search_prompts, self.sizes.search) if search else (task.prompts, self.sizes.prompts)
 
+    def _examples(self, cell: Cell, place: Place, task: Task) -> Examples:
+        """The texts of a concept in an order of the seed, run once for all the cells that are fitted on them."""
+        key = (cell.concept, cell.seed, place)
+        if key not in self.examples:
+            sides = [
+                random.Random(f"{cell.seed} {side}").sample(side, len(side)) for side in (task.source, task.target)
+            ]
+            self.examples = {key: Examples(
+                self.lm, *sides, sites=place.sites, paired=False, positions=slice(1, None), batch_size=32,
+            )}  # fmt: skip
+        return self.examples[key]
+
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Everything about a cell; lists have an entry per text."""
-        every = load_task(TaskSettings(name=cell.concept), cell.seed)
-        count = min(cell.pairs, len(every.source), len(every.target))
-        task = load_task(TaskSettings(name=cell.concept, samples=count), cell.seed)
+        task = load_task(TaskSettings(name=cell.concept), cell.seed)
         contender = find_contenders([cell.method], self.lm, "", STRENGTHS)[0]
         try:
-            fitted = fit(
-                self.lm, contender.method, task.source, task.target, sites=contender.place.sites, paired=False,
-                positions=slice(1, None), fit_seed=cell.seed, batch_size=32,
+            fitted = self._examples(cell, contender.place, task).fit(
+                contender.method, first=cell.pairs, fit_seed=cell.seed,
                 control="shuffled" if cell.control == "shuffled" else None,
             )  # fmt: skip
             plan = (fitted.random_direction(cell.seed) if cell.control == "random" else fitted).plan()
@@ -95,7 +107,6 @@ class TextBench:
             "strength": chosen["strength"],
             "dtype": str(next(self.lm.model.parameters()).dtype).removeprefix("torch."),
             "place": contender.place.label,
-            "pairs_used": count,
             "doses": doses,
             "monotone": rising([dose["target"] for dose in doses]),
             "target": mentions(texts, task.words),

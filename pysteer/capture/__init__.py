@@ -1,5 +1,6 @@
 """Capture: recording activations, keeping them, and fitting methods from them."""
 
+from pysteer.capture.examples import Examples
 from pysteer.capture.fit import fit
 from pysteer.capture.fit_stored import fit_stored
 from pysteer.capture.fitted import Fitted
@@ -11,6 +12,7 @@ from pysteer.capture.stream import capture, capture_moments
 
 __all__ = [
     "ActivationStore",
+    "Examples",
     "Fitted",
     "Moments",
     "Recorder",

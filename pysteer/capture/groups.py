@@ -37,7 +37,7 @@ class Groups:
         if lengths is None:
             source, target, negatives = self._rows(x)
         elif pooled:
-            source, target, negatives = self._rows(_valid_means(x, lengths))
+            source, target, negatives = self._rows(valid_means(x, lengths))
         else:
             return self._ragged(x, lengths)
         return TokenSets(source, target, negatives if self.negatives else None)
@@ -65,7 +65,8 @@ def _gather(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
     return torch.cat([row[chosen] for row, chosen in zip(x, positions, strict=True)]).unsqueeze(0)
 
 
-def _valid_means(x: Tensor, lengths: Tensor) -> Tensor:
+def valid_means(x: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of the first `lengths` tokens of every row, fp32 `[R, 1, D]`."""
     lengths = lengths.to(x.device)
     valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     total = torch.where(valid.unsqueeze(-1), x.float(), 0.0).sum(1)

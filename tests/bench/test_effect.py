@@ -3,10 +3,12 @@
 import math
 
 import pytest
+import torch
 
+import pysteer
 from bench import effect
 from bench.steerbench import board, images
-from bench.steerbench.cells import QUICK, QUICK_SUITE, SUITE, Cell, Sizes, cells_of, plain
+from bench.steerbench.cells import LARGEST, QUICK, QUICK_SUITE, SUITE, Cell, Sizes, cells_of, main_pairs, plain
 from bench.steerbench.shares import run_shares, share_of
 from pysteer.errors import PysteerError
 from pysteer.models.load import load_model
@@ -122,10 +124,13 @@ def test_the_table_and_the_figure(tmp_path):
 def test_the_suite_is_balanced_and_keys_are_names_of_their_own():
     cells = cells_of(SUITE, Sizes())
     assert len({one.key for one in cells}) == len(cells)
-    plain_cells = [one for one in cells if not one.control and one.pairs == Sizes().pairs]
+    plain_cells = [c for c in cells if not c.control and c.pairs == main_pairs(c.generator, Sizes().pairs)]
     for generator, (concepts, methods) in SUITE.items():
         own = [one for one in plain_cells if one.generator == generator]
         assert len(own) == len(concepts) * len(methods) * Sizes().seeds
+        most = LARGEST.get(generator, 512)
+        assert {one.pairs for one in cells if one.generator == generator} <= {8, 32, 96, 128, 512, most}
+        assert all(one.pairs <= most for one in cells if one.generator == generator)
     assert plain(math.nan) is None
     assert plain(0.5) == 0.5
 
@@ -160,6 +165,49 @@ def test_shares_are_all_cells_once_and_keep_what_shares_images():
     assert not groups[0] & groups[1]
     assert not groups[0] & groups[2]
     assert not groups[1] & groups[2]
+    for generator in QUICK_SUITE:
+        counts = [sum(one.generator == generator for one in share) for share in shares]
+        assert max(counts) - min(counts) <= max(
+            sum((one.generator, one.concept, one.seed) == group for one in cells) for own in groups for group in own
+        )
+
+
+@pytest.mark.parametrize("concept", ["shape", "colour"])  # fitted site after site, and at once
+def test_cells_of_a_seed_share_their_examples_and_equal_a_fit_of_their_own(concept, monkeypatch):
+    sizes = Sizes(seeds=1, pairs=6, efficiency=(4,), search=2, prompts=2, beside=2)
+    bench = images.ImageBench("infinity-shapes", load_model("infinity-shapes"), sizes)
+    data = images.draw(concept, 6, 1)
+    ran = []
+    generate = type(bench.pipe).__call__
+
+    def counted(pipe, prompts, **given):
+        ran.extend(prompts)
+        return generate(pipe, prompts, **given)
+
+    monkeypatch.setattr(type(bench.pipe), "__call__", counted)
+    counts = {}
+    for method, pairs, control in (
+        ("mean_difference@visual", 6, ""), ("prototype:clusters=2@visual", 6, ""), ("mean_difference@visual", 4, ""),
+        ("mean_difference@visual", 6, "shuffled"),
+    ):  # fmt: skip
+        one = Cell("infinity-shapes", concept, method, pairs, 0, control)
+        contender = images.find_contenders([method], bench.pipe, concept)[0]
+        ran.clear()
+        fitted = bench._fit(one, contender, data)
+        counts[method[:4], pairs, control] = len(ran)
+        alone = pysteer.fit(
+            bench.pipe, contender.method, data.source[:pairs], data.target[:pairs], sites=contender.place.sites,
+            steps=contender.place.steps, sequential=contender.place.sequential, seeds=data.seeds[:pairs],
+            control=control or None, settings=bench.painter.settings,
+        )  # fmt: skip
+        for a, b in zip(fitted.parameters, alone.parameters, strict=True):
+            assert all(torch.allclose(a.tensors[name], b.tensors[name], atol=2e-3) for name in a.tensors)
+            assert any(float(tensor.abs().max()) > 0 for tensor in a.tensors.values())
+    source = 1 if concept == "shape" else 0  # steered while it runs, so it runs for every fit
+    assert counts["mean", 6, ""] == 12
+    assert counts["prot", 6, ""] == 6 * source
+    assert counts["mean", 4, ""] == 4 * source
+    assert counts["mean", 6, "shuffled"] in range(6 * source, 12 * source + 1)
 
 
 def test_a_share_that_fails_is_said(tmp_path):

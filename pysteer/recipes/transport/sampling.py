@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pysteer.errors import InputError
 
 _FEW = 64  # tokens that are tried as a nucleus before all are sorted
+_LEAST = (2.0**-12, 2.0**-15, 0.0)  # probabilities above which a nucleus is looked for, one after the other
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,32 @@ def nucleus(chances: Tensor, top_p: float) -> Iterator[tuple[Tensor, Tensor, Ten
         yield rows[full], tokens[full], inside[full]
         rows, chances = rows[~full], chances[~full]
     if chances.device.type == "cpu":
-        upwards = np.arange(chances.shape[1] - 1, -1, -1, dtype=np.int64)
         for row, own in zip(rows, chances, strict=True):
-            yield row[None], *_sorted(own, upwards, top_p)
+            yield row[None], *_sorted(own, top_p)
         return
     some, tokens = chances.sort(dim=1, descending=True)
     yield rows, tokens, torch.where(some.cumsum(1) - some < top_p, some, 0.0)
 
 
-def _sorted(chances: Tensor, upwards: NDArray[np.int64], top_p: float) -> tuple[Tensor, Tensor]:
+def _sorted(chances: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """The nucleus of one row `[V]` on a CPU: tokens and probabilities `[1, k]`, likeliest first.
 
-    `upwards` are the numbers from V - 1 down to 0: of equal probabilities that of the first token comes first.
+    Of equal probabilities that of the first token comes first.
     """
     # One number holds a probability, whose bits are ordered as it is, and the token. NumPy sorts such numbers with
-    # vector instructions where there are some, ten times as fast as a sort that has to carry the tokens along.
-    size = len(chances)
-    keys = np.sort((chances.numpy().view(np.int32).astype(np.int64) << 32) | upwards)[::-1]
-    falling = (keys >> 32).astype(np.int32).view(np.float32)
-    upto = falling.cumsum()
+    # vector instructions where there are some, ten times as fast as a sort that has to carry the tokens along. A
+    # nucleus is mostly among the tokens above a small probability, of which there are few.
+    every, size = chances.numpy(), len(chances)
+    for least in _LEAST:
+        tokens = np.flatnonzero(every >= least)
+        keys = np.sort((every[tokens].view(np.int32).astype(np.int64) << 32) | (size - 1 - tokens))[::-1]
+        falling = (keys >> 32).astype(np.int32).view(np.float32)
+        upto = falling.cumsum()
+        if least == 0 or (len(upto) and upto[-1] >= top_p):
+            break
     count = min(size, int(np.searchsorted(upto, top_p)) + 1)
-    tokens = size - 1 - (keys[:count] & 0xFFFFFFFF)
-    return torch.from_numpy(tokens)[None], torch.from_numpy(falling[:count].copy())[None]
+    found = size - 1 - (keys[:count] & 0xFFFFFFFF)
+    return torch.from_numpy(found)[None], torch.from_numpy(falling[:count].copy())[None]
 
 
 def _likeliest(chances: Tensor, count: int, chunk: int = 64) -> tuple[Tensor, Tensor]:
