@@ -53,7 +53,7 @@ def measure_all(cells: list[Cell], sizes: Sizes, folder: Path, limit: float = 0.
         folder: a file per cell.
         limit: seconds after which no further cell is begun, those that were measured are read still; 0 for none.
     """
-    results, bench, current, left = [], None, "", 0
+    results, bench, current, left, new = [], None, "", 0, 0
     start = time.monotonic()
     for number, cell in enumerate(cells):
         kept = folder / f"{cell.key}.json"
@@ -68,7 +68,9 @@ def measure_all(cells: list[Cell], sizes: Sizes, folder: Path, limit: float = 0.
             measured = bench.measure(cell)
             measured["seconds"] = round(time.monotonic() - before, 2)
             write_json(kept, measured)
-            done = f"{number + 1}/{len(cells)}"
+            new += 1
+            minutes = (time.monotonic() - start) / new * (len(cells) - number - 1) / 60
+            done = f"{number + 1}/{len(cells)}, about {minutes:.0f} min left,"
             reached = measured.get("target", [])
             share = f"{sum(reached)}/{len(reached)}" if reached else measured.get("left_out", "")
             print(f"{done} {cell.key}: {share} in {measured['seconds']} s", file=sys.stderr, flush=True)

@@ -41,8 +41,8 @@ def performance_page() -> str:
 
 
 _PUBLIC = (
-    "pysteer.steer", "pysteer.fit", "pysteer.Fitted", "pysteer.Plan", "pysteer.SiteParameters", "pysteer.Site",
-    "pysteer.bake", "pysteer.bake_lora", "pysteer.InputError",
+    "pysteer.steer", "pysteer.fit", "pysteer.Examples", "pysteer.Fitted", "pysteer.Plan", "pysteer.SiteParameters",
+    "pysteer.Site", "pysteer.bake", "pysteer.bake_lora", "pysteer.InputError",
 )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysteer.capture import Fitted, fit
+from pysteer.capture import Examples, Fitted
 from pysteer.errors import InputError
 from pysteer.recipes.comparison.config import MethodsConfig
 from pysteer.recipes.comparison.contenders import Contender
+from pysteer.recipes.comparison.places import Place
 from pysteer.recipes.config import config_hash
 from pysteer.recipes.frame import Run
 from pysteer.recipes.prototype.data import PairData, Prompts
@@ -119,6 +120,7 @@ class PairTrial:
         self.search = replace(data, test=test.first(search))
         self.fresh = replace(data, test=Prompts(test.source[search:], test.target[search:], test.seeds[search:]))
         self.inputs = [identity, config_hash(data)]
+        self.examples: dict[Place, Examples] = {}
 
     @property
     def planned(self) -> int:
@@ -132,8 +134,12 @@ class PairTrial:
         return fits + doses + rows * fresh + controls * most + 2 * searched
 
     def _fit_cost(self, contender: Contender) -> int:
-        text = all(site.startswith("text") for site in contender.place.sites)
-        return 0 if text else 2 * self.config.fit_pairs
+        """Images that a fit needs: the first one at a place runs all prompts, a sequential one always its source."""
+        place, pairs = contender.place, self.config.fit_pairs
+        if all(site.startswith("text") for site in place.sites):
+            return 0
+        first = next(each for each in self.contenders if each.place == place) is contender
+        return 2 * pairs if first else pairs if place.sequential else 0
 
     def generate(self, advance: Advance) -> PairOutcome:
         """Fit, search and measure everything; `advance(n)` is told about n finished images."""
@@ -152,6 +158,7 @@ class PairTrial:
             outcomes.append(Outcome(each, measured, choose(measured, self.config.keep), fits[each.key]))
         images = self._references("", self.fresh, advance)
         controls = self._controls(outcomes, advance)
+        self.examples.clear()  # all is fitted
         for outcome in outcomes:
             outcome.images = self._measured(outcome, controls.get(outcome.contender.key, {}), advance)
             images |= {s.setting.key: s for s in outcome.images.values()}
@@ -165,27 +172,29 @@ class PairTrial:
     def _fit(self, contender: Contender, control: str | None, advance: Advance) -> Fitted:
         name = contender.key if control is None else f"{contender.key}-{control}"
         folder = self.run.path(f"fitted/{self.slug}/{name}")
-        prompts, place, count = self.search.fit, contender.place, self._fit_cost(contender)
+        place, count = contender.place, self._fit_cost(contender)
         with self.run.stage(f"{self.slug}-fit-{name}", [*self.inputs, place], quiet=True) as stage:
             if not stage.done:
-                fitted = fit(
-                    self.painter.pipe,
-                    contender.method,
-                    prompts.source,
-                    prompts.target,
-                    sites=place.sites,
-                    steps=place.steps,
-                    sequential=place.sequential,
-                    seeds=prompts.seeds,
-                    control=control,
-                    batch_size=self.painter.batch_size,
-                    fit_seed=self.config.seed,
-                    settings=self.painter.settings,
+                fitted = self._examples(place).fit(
+                    contender.method, sequential=place.sequential, control=control, fit_seed=self.config.seed
                 )
                 fitted.save_pretrained(folder)
                 stage.notes["images"] = count
         advance(count)
         return Fitted.from_pretrained(folder)
+
+    def _examples(self, place: Place) -> Examples:
+        """The examples at a place; they run once for all the methods there."""
+        if place not in self.examples:
+            prompts = self.search.fit
+            here = [each for each in self.contenders if each.place == place]
+            pooled = not place.sequential and all(each.method.pooled for each in here)
+            self.examples[place] = Examples(
+                self.painter.pipe, prompts.source, prompts.target, sites=place.sites, steps=place.steps,
+                seeds=prompts.seeds, pool="mean" if pooled else "tokens", batch_size=self.painter.batch_size,
+                settings=self.painter.settings,
+            )  # fmt: skip
+        return self.examples[place]
 
     def _references(self, folder: str, data: PairData, advance: Advance) -> dict[str, ImageSet]:
         """Unsteered images and those of the target prompts, as rows of the same batches."""
