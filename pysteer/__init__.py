@@ -62,6 +62,7 @@ _MODULES = frozenset(
 )
 
 __all__ = [
+    "Examples",
     "Fitted",
     "InputError",
     "Method",
@@ -73,7 +74,6 @@ __all__ = [
     "backend",
     "bake",
     "bake_lora",
-    "Examples",
     "fit",
     "steer",
     "zoo",

@@ -69,19 +69,33 @@ def test_fewer_examples_and_shuffled_labels_run_nothing_more(pipe, ran):
     assert sorted(ran) == sorted([*SOURCE[:4], *TARGET[:4], *OTHERS])
     every = examples.fit(Prototype(clusters=3))
     assert len(ran) == 24
-    shuffled = examples.fit(MeanDifference(), control="shuffled", fit_seed=2)
-    fewer = examples.fit(MeanDifference(), control="shuffled", fit_seed=2, first=5)
+    shuffled = examples.fit(Prototype(clusters=3), control="shuffled", fit_seed=2)
+    fewer = examples.fit(Prototype(clusters=3), control="shuffled", fit_seed=2, first=5)
     assert len(ran) == 24
+    # The noise of the negatives follows that of all pairs: theirs is the same whatever the number of pairs.
+    for fitted, count, control in (
+        (few, 4, None),
+        (every, 10, None),
+        (shuffled, 10, "shuffled"),
+        (fewer, 5, "shuffled"),
+    ):
+        own = Examples(pipe, SOURCE, TARGET, sites="ca", seeds=3, negatives=OTHERS, batch_size=24)
+        agree(fitted, own.fit(Prototype(clusters=3), first=count, control=control, fit_seed=2 if control else 0))
     options = {"sites": "ca", "seeds": 3, "negatives": OTHERS}
-    # Negatives take the noise behind that of the pairs, of which there are fewer here.
-    agree(few, fit(pipe, Prototype(clusters=3), SOURCE[:4], TARGET[:4], sites="ca", seeds=3, negatives=OTHERS), 0.3)
     agree(every, fit(pipe, Prototype(clusters=3), SOURCE, TARGET, **options))
-    agree(shuffled, fit(pipe, MeanDifference(), SOURCE, TARGET, control="shuffled", fit_seed=2, **options))
-    agree(
-        fewer,
-        fit(pipe, MeanDifference(), SOURCE[:5], TARGET[:5], control="shuffled", fit_seed=2, **options),
-    )
-    assert not torch.allclose(shuffled.parameters[0].tensors["bias"], fewer.parameters[0].tensors["bias"], atol=1e-3)
+    agree(shuffled, fit(pipe, Prototype(clusters=3), SOURCE, TARGET, control="shuffled", fit_seed=2, **options))
+    assert not torch.allclose(every.parameters[0].tensors["delta"], few.parameters[0].tensors["delta"], atol=1e-3)
+
+
+def test_fewer_pairs_equal_a_fit_of_these_alone(pipe, ran):
+    examples = Examples(pipe, SOURCE, TARGET, sites="ca", seeds=3)
+    for count in (5, 3):
+        for control in (None, "shuffled"):
+            options = {"control": control, "fit_seed": 2}
+            alone = fit(pipe, MeanDifference(), SOURCE[:count], TARGET[:count], sites="ca", seeds=3, **options)
+            ran.clear()
+            agree(examples.fit(MeanDifference(), first=count, **options), alone)
+            assert len(ran) == (10 if (count, control) == (5, None) else 0)
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=lambda method: method.name)
