@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_prefix import Words
 
+import pysteer
 from pysteer.models.language import LanguageModel
 from pysteer.recipes.config import build_config
 from pysteer.sweep import Options, plan_sweep, run_sweep
-from pysteer.sweep.parameters import fitted
+from pysteer.sweep.parameters import Fitter
 from pysteer.sweep.prefix import scaled, steering
 from pysteer.sweep.query import query
 from pysteer.sweep.runs import noise_seed
@@ -49,7 +51,7 @@ def test_rows_of_a_fitted_method_are_the_texts_that_steering_alone_writes(lm, tm
     for row in rows:
         setting = build_config(task.TextSetting, {name: row[name] for name in AXES} | {"max_new_tokens": 6})
         fit = task.request_of(setting, lm)
-        steered = task._at(scaled(fitted(lm, fit, out).plan(), row["strength"]), task._STEPS[row["step"]])
+        steered = task._at(scaled(Fitter(lm, out).parameters(fit).plan(), row["strength"]), task._STEPS[row["step"]])
         seeds = [noise_seed(row["prompt"], 0)]
         with steering(engine.runs, [steered]):
             alone = lm.begin([row["prompt"]], seeds=seeds, max_new_tokens=6, temperature=0.0).write().texts()
@@ -59,3 +61,46 @@ def test_rows_of_a_fitted_method_are_the_texts_that_steering_alone_writes(lm, tm
     changed = [row["strength"] for row in rows if row["text"] != unsteered[row["prompt"]]]
     assert 40.0 in changed
     assert 0.0 not in changed
+
+
+def test_methods_of_a_batch_run_their_examples_once(lm, tmp_path, monkeypatch):
+    for name, lines in (("source", "1 2 3\n2 3 4\n3 4 5\n1 3 5"), ("target", "9 8 7\n8 7 6\n7 6 5\n9 7 5")):
+        (tmp_path / name).write_text(lines)
+    read, ran = LanguageModel.read, []
+
+    def counted(self, texts, **given):
+        ran.extend(texts)
+        return read(self, texts, **given)
+
+    monkeypatch.setattr(LanguageModel, "read", counted)
+    texts = {"source": str(tmp_path / "source"), "target": str(tmp_path / "target"), "site": "block.1"}
+    settings = [
+        task.TextSetting(
+            model="tiny", prompt="1 2", method=method, strength=4.0, max_new_tokens=3, perplexity=False, **texts
+        )
+        for method in (
+            "mean_difference:pooled=true",
+            "linear_act:pooled=false",
+            "gaussian_transport:pooled=false",
+            "aura",
+        )
+    ]
+    engine = task.TextsEngine(settings[0], tmp_path / "out", lm)
+    engine.generate(settings)
+    assert len(ran) == 16  # the pooled methods once, those of tokens once
+    assert engine.fitter._examples is None
+    engine.generate(settings)
+    assert len(ran) == 16
+    for setting in settings:
+        request = task.request_of(setting, lm)
+        kept = Fitter(lm, tmp_path / "out").parameters(request)
+        alone = pysteer.fit(
+            lm, request.method, request.source, request.target, seeds=request.seeds, **request.options
+        )  # fmt: skip
+        for a, b in zip(kept.parameters, alone.parameters, strict=True):
+            assert all(torch.allclose(a.tensors[name], b.tensors[name], atol=1e-4) for name in a.tensors)
+    other = task.TextsEngine(settings[0], tmp_path / "other", lm)
+    ran.clear()
+    other.fitter.parameters(task.request_of(settings[1], lm))  # tokens
+    other.fitter.parameters(task.request_of(settings[0], lm))  # their means
+    assert len(ran) == 8

@@ -28,7 +28,7 @@ from pysteer.recipes.prototype.generator import choose_device, weights_mark
 from pysteer.steering import Plan
 from pysteer.steering.plan import PlanEntry
 from pysteer.sweep.axes import Axis
-from pysteer.sweep.parameters import FitRequest, fitted
+from pysteer.sweep.parameters import FitRequest, Fitter
 from pysteer.sweep.prefix import Row, generate, scaled
 from pysteer.sweep.runs import noise_seed, runs_of
 from pysteer.sweep.store import Store
@@ -251,7 +251,7 @@ class ImagesEngine(Engine):
         self.runs = runs_of(self.pipe, self.settings)
         self.share = setting.share
         self.plans: dict[Any, tuple[Plan, str]] = {}
-        self.fits: dict[str, Fitted] = {}
+        self.fitter = Fitter(self.pipe, folder)
         self.judges: dict[Any, Any] = {}
         self.twins: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -272,18 +272,15 @@ class ImagesEngine(Engine):
             elif request is None:
                 plan, mark = Plan(), ""
             else:
-                made = self._parameters(request[0])
+                made = self.fitter.parameters(request[0])
                 plan, mark = _at_steps(made.plan(rows=setting.rows), request[1].steps, self.runs.parts), request[0].key
             self.plans[key] = (plan, mark)
         return self.plans[key]
 
-    def _parameters(self, request: FitRequest) -> Fitted:
-        """Read once, so that cells with the same ones share them in the bank."""
-        if request.key not in self.fits:
-            self.fits[request.key] = fitted(self.pipe, request, self.folder)
-        return self.fits[request.key]
-
     def generate(self, settings: Sequence[ImageSetting]) -> Outputs:
+        for s in sorted((s for s in settings if s.steered), key=lambda s: (s.pair, s.site, s.fit_pairs, s.fit_seed)):
+            self.plan(s)  # what is fitted on the same examples one after the other
+        self.fitter.forget_examples()
         rows, columns = [], []
         for s in settings:
             noise = noise_seed(s.prompt, s.seed)

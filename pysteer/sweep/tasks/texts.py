@@ -22,7 +22,7 @@ from pysteer.recipes.config import config_hash
 from pysteer.recipes.prototype.generator import choose_device, weights_mark
 from pysteer.steering import Plan
 from pysteer.sweep.axes import Axis
-from pysteer.sweep.parameters import FitRequest, fitted
+from pysteer.sweep.parameters import FitRequest, Fitter
 from pysteer.sweep.prefix import Row, generate, scaled
 from pysteer.sweep.runs import noise_seed, runs_of
 from pysteer.sweep.tasks.base import Engine, Outputs, Task
@@ -170,6 +170,7 @@ class TextsEngine(Engine):
         settings = {name: getattr(setting, name) for name in ("max_new_tokens", "temperature", "top_p")}
         self.runs, self.share = runs_of(self.lm, settings), setting.share
         self.plans: dict[Any, tuple[Plan, str]] = {}
+        self.fitter = Fitter(self.lm, folder)
         self.weights = weights_mark(self.lm)
 
     def provenance(self) -> dict[str, Any]:
@@ -184,11 +185,14 @@ class TextsEngine(Engine):
                 made, mark = Fitted.from_pretrained(setting.fitted), config_hash(setting.fitted)
             else:
                 assert request is not None
-                made, mark = fitted(self.lm, request, self.folder), request.key
+                made, mark = self.fitter.parameters(request), request.key
             self.plans[key] = (made.plan(), mark)
         return self.plans[key]
 
     def generate(self, settings: Sequence[TextSetting]) -> Outputs:
+        for s in sorted((s for s in settings if s.steered), key=lambda s: (s.source, s.target, s.site, s.skip)):
+            self.plan(s)  # what is fitted on the same examples one after the other
+        self.fitter.forget_examples()
         rows: list[Row] = []
         columns: list[dict[str, Any]] = []
         for s in settings:
