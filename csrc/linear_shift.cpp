@@ -1,6 +1,7 @@
-// linear_shift in bfloat16 on the tiles of AMX: sums, the bias of the layer and the shift in fp32, rounded once.
+// linear_shift in bfloat16 where the processor multiplies it, on the tiles of AMX or with the dot products of AVX-512:
+// sums, the bias of the layer and the shift in fp32, rounded once.
 //
-// The rows of the weight are tiles where they lie in memory; the tokens are packed once, in panels of 48. Threads share
+// The rows of the weight are read where they lie in memory; the tokens are packed once, in panels of 48. Threads share
 // out the rows of the weight. Every output of a token is added up in the same order whatever tokens stand beside it.
 
 #include <vector>
@@ -88,7 +89,9 @@ void register_linear_shift(py::module_& m) {
         "linear_shift", &linear_shift,
         "linear_shift in bfloat16 on the CPU, width a multiple of 32, tokens one after the other; returns 0, 1 (clock "
         "outside) or 2 (slot outside).");
-    m.def("linear_shift_serves", [] { return PYSTEER_PICK(multiplies)(); }, "Whether this processor has the tiles.");
+    m.def(
+        "linear_shift_serves", [] { return PYSTEER_PICK(multiplies)(); },
+        "Whether this processor multiplies bfloat16.");
 }
 
 PYSTEER_REGISTER_OP(register_linear_shift)

@@ -1,12 +1,13 @@
-// Inner loops of linear_shift for one instruction set, included by each_isa.h; only AMX has some.
+// Inner loops of linear_shift for one instruction set, included by each_isa.h: those that multiply bfloat16.
 
 namespace {  // names repeat between kernel files
 
 #include "panels.simd.h"
 
-#if PYSTEER_ISA_LEVEL == 5
+#if PYSTEER_ISA_LEVEL >= 4
 
 constexpr bool kMultiplies = true;
+constexpr int kRows = 32;  // of the weight, at a time
 
 // Tokens [first, first + 48) as a panel of pairs [width / 2][48].
 inline void pack_some(const BFloat16* x, std::int64_t stride, std::int64_t count, std::int64_t width,
@@ -17,6 +18,8 @@ inline void pack_some(const BFloat16* x, std::int64_t stride, std::int64_t count
         });
     }
 }
+
+#if PYSTEER_ISA_LEVEL == 5
 
 // 32 rows of the weight, where they lie, by 16, 32 or 48 tokens: sums[row][48].
 template <int kTiles>
@@ -70,6 +73,36 @@ inline void multiply_rows(const BFloat16* w, std::int64_t stride, const std::uin
     }
 }
 
+#else
+
+// The same without tiles: eight rows of the weight at a time, of which a pair of inputs multiplies that of all tokens.
+template <int kTiles>
+inline void multiply_rows(const BFloat16* w, std::int64_t stride, const std::uint32_t* panel, std::int64_t width,
+                          float* sums) {
+    for (int first = 0; first < kRows; first += 8) {
+        __m512 sum[8][kTiles];
+        for (int i = 0; i < 8; ++i) {
+            for (int t = 0; t < kTiles; ++t) sum[i][t] = _mm512_setzero_ps();
+        }
+        const BFloat16* rows = w + first * stride;
+        for (std::int64_t d = 0; d < width / 2; ++d) {
+            __m512bh v[kTiles];
+            for (int t = 0; t < kTiles; ++t) v[t] = (__m512bh)_mm512_loadu_si512(panel + d * kPanel + 16 * t);
+            for (int i = 0; i < 8; ++i) {
+                std::int32_t pair;
+                std::memcpy(&pair, rows + i * stride + 2 * d, sizeof(pair));
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                for (int t = 0; t < kTiles; ++t) sum[i][t] = _mm512_dpbf16_ps(sum[i][t], both, v[t]);
+            }
+        }
+        for (int i = 0; i < 8; ++i) {
+            for (int t = 0; t < kTiles; ++t) _mm512_storeu_ps(sums + (first + i) * kPanel + 16 * t, sum[i][t]);
+        }
+    }
+}
+
+#endif
+
 // 16 outputs of one token: the bias of the layer, the shift, one rounding.
 inline void finish16(Vec n, const LinearShift& op, std::int64_t token, std::int64_t output, int count) {
     const __mmask16 mask = __mmask16((1u << count) - 1u);
@@ -91,12 +124,12 @@ inline void finish16(Vec n, const LinearShift& op, std::int64_t token, std::int6
 // Outputs [first, first + 32) of the tokens [begin, end); spare: [32][width], for rows behind the last.
 inline void rows_of_weight(const LinearShift& op, std::int64_t first, std::int64_t begin, std::int64_t end,
                            const std::uint32_t* panels, BFloat16* spare) {
-    alignas(64) float sums[kBlock * kPanel];
-    const std::int64_t here = std::min<std::int64_t>(kBlock, op.outputs - first);
+    alignas(64) float sums[kRows * kPanel];
+    const std::int64_t here = std::min<std::int64_t>(kRows, op.outputs - first);
     const BFloat16* w = op.weight + first * op.weight_stride;
     std::int64_t stride = op.weight_stride;
-    if (here < kBlock) {
-        std::fill_n(spare, kBlock * op.width, BFloat16{0});
+    if (here < kRows) {
+        std::fill_n(spare, kRows * op.width, BFloat16{0});
         for (std::int64_t i = 0; i < here; ++i) std::copy_n(w + i * stride, op.width, spare + i * op.width);
         w = spare;
         stride = op.width;

@@ -1,8 +1,9 @@
 """`linear_shift`: a linear layer followed by `affine_shift`, y = shift(x Wᵀ + c), without a pass of its own.
 
 In fp32 the matrix product is that of torch, and `affine_shift` then works in place on what is still in the cache. In
-bfloat16 on a CPU with AMX a kernel of our own has the shift in the epilogue of the product, which is rounded once; any
-other 16-bit product is taken in fp32. A Triton kernel of that kind is there for those who insist on it.
+bfloat16 on a CPU that multiplies it (AVX-512 BF16, AMX) a kernel of our own has the shift in the epilogue of the
+product, which is rounded once; any other 16-bit product is taken in fp32. A Triton kernel of that kind is there for
+those who insist on it.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ _SCHEMA = (
 )
 
 
-_STEP = 32  # inputs that a tile of AMX multiplies at once
+_STEP = 32  # inputs that a tile of AMX multiplies at once; without tiles the same are served
 
 
 def _product(x: Tensor, weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -60,7 +61,7 @@ def linear_shift_reference(
 def _chosen(x: Tensor, y: Tensor) -> str:
     if backends.insisted() == "triton" and x.dtype in DTYPE_CODES and x.numel() and y.numel():
         return "triton" if "triton" in backends.choices(x.device.type) else "reference"
-    return "cpu" if _in_tiles(x, y.new_empty(1, x.shape[-1])) else choose("affine_shift", y, y, -1).backend
+    return "cpu" if _in_bfloat16(x, y.new_empty(1, x.shape[-1])) else choose("affine_shift", y, y, -1).backend
 
 
 def _run(
@@ -83,8 +84,8 @@ def _run(
             with on_device(x):
                 backends.load_kernels("linear_shift").launch(y, *tensors)
             return y
-    if _in_tiles(x, weight):
-        return _by_tiles(out, x, weight, linear_bias, *table)
+    if _in_bfloat16(x, weight):
+        return _by_panels(out, x, weight, linear_bias, *table)
     n = _product(x, weight, linear_bias).contiguous()
     if n.dtype is x.dtype:
         return affine_shift(n, *table, out=n if out is None else out)
@@ -92,15 +93,15 @@ def _run(
     return n.to(x.dtype) if out is None else out.copy_(n)
 
 
-def _in_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel for AMX serves: bfloat16, inputs a multiple of 32 and next to each other in the weight."""
+def _in_bfloat16(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel for bfloat16 serves: a multiple of 32 inputs, next to each other in the weight."""
     if x.dtype is not torch.bfloat16 or weight.dtype is not x.dtype or "cpu" not in backends.choices(x.device.type):
         return False
     fits = x.shape[-1] % _STEP == 0 and x.numel() > 0 and len(weight) > 0 and weight.stride(1) == 1
     return fits and backends.provides("cpu", "linear_shift") and backends.extension().linear_shift_serves()
 
 
-def _by_tiles(
+def _by_panels(
     out: Tensor | None,
     x: Tensor,
     weight: Tensor,
@@ -252,7 +253,7 @@ def _implementation(x: Tensor, weight: Tensor, **_: Any) -> str:
 
 
 _PRODUCT = "torch's product, and the kernel of affine_shift in place on the result"
-_TILES = "; bf16 with AMX and a multiple of 32 inputs: the shift in the epilogue"
+_EPILOGUE = "; bf16 with AVX-512 BF16 or AMX and a multiple of 32 inputs: the shift in the epilogue"
 SPEC = OpSpec(
     name="linear_shift",
     function=linear_shift,
@@ -260,7 +261,7 @@ SPEC = OpSpec(
     make_inputs=_make_inputs,
     implementation=_implementation,
     backends={
-        "cpu": _PRODUCT + _TILES,
+        "cpu": _PRODUCT + _EPILOGUE,
         "cuda": _PRODUCT,
         "triton": "the shift in the epilogue; only for those who insist",
     },
