@@ -23,11 +23,19 @@ def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for result in results:
         machine = result["machine"]
-        name = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+        name = machine["gpu"] or f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
         for row in result["rows"]:
             where = f"{name}, torch {result['versions']['torch']}, {result['date'][:10]}, commit {result['commit']}"
-            found[(name, row["op"], row["shape"])] = {**row, "where": where}
-    return sorted(found.values(), key=lambda row: (row["device"], row["op"]))
+            found[(name, row["op"], row["shape"])] = {**row, "where": where, "on": name}
+    return sorted(found.values(), key=lambda row: (row["device"], row["on"], row["op"]))
+
+
+def by_machine(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every machine."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["on"], []).append(row)
+    return found
 
 
 def best(row: dict[str, Any], labels: tuple[str, ...]) -> tuple[str, float] | None:
@@ -71,19 +79,21 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def table(*results: dict[str, Any]) -> str:
-    """The Markdown table of stored results."""
-    rows = newest(list(results))
+    """The Markdown tables of stored results, one per machine."""
     head = ["op", "shape", "backend", "floor", "op / floor", "compile / op", "eager / op", "usual way / op"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-    lines += ["", "Medians of ratios within a round; `op / floor` of an op that steers is in place. Measured on:"]
-    lines += [f"- {where}" for where in dict.fromkeys(row["where"] for row in rows)]
-    return "\n".join(lines)
+    parts = []
+    for name, rows in by_machine(newest(list(results))).items():
+        lines = [f"On {name}:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(cells(row))} |" for row in rows]
+        lines += ["", "Measured on:", *(f"- {where}" for where in dict.fromkeys(row["where"] for row in rows))]
+        parts.append("\n".join(lines))
+    told = "Medians of ratios within a round; `op / floor` of an op that steers is in place."
+    return "\n\n".join([*parts, told])
 
 
 def digest(results: list[dict[str, Any]]) -> str:
     """What a plot of these results is known by: it changes with every figure in it."""
-    drawn = [[row["op"], row["shape"], row["device"], *points(row).values()] for row in newest(results) if timed(row)]
+    drawn = [[row["op"], row["shape"], row["on"], *points(row).values()] for row in newest(results) if timed(row)]
     return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
 
 
@@ -99,35 +109,43 @@ def points(row: dict[str, Any]) -> dict[str, float | None]:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """A line per op and shape: the op, torch.compile, eager torch and the field's way as multiples of the floor.
+    """A panel per machine with a line per op and shape: the op, torch.compile, eager torch and the field's way.
 
-    The same results give the same file; an SVG holds their `digest`.
+    All are multiples of the floor. The same results give the same file; an SVG holds their `digest`.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows = [row for row in newest(results) if timed(row)][::-1]
-    looks = (("op", "#1b5e9b", "o"), ("torch.compile", "#e08e2b", "D"), ("eager torch", "#9a9a9a", "|"))
+    panels = by_machine([row for row in newest(results) if timed(row)])
+    counts = [len(rows) for rows in panels.values()]
     with matplotlib.rc_context({"svg.hashsalt": "pysteer", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(10, 1.2 + 0.17 * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        values = [points(row) for row in rows]
-        for place, each in enumerate(values):
-            known = [value for kind, value in each.items() if value is not None and kind != "usual way"]
-            axes.plot([min(known), max(known)], [place, place], color="#dddddd", linewidth=1, zorder=1)
-        for kind, colour, marker in (*looks, ("usual way", "#b5483d", "x")):
-            found = [(each[kind], place) for place, each in enumerate(values) if each[kind] is not None]
-            if found:
-                axes.scatter(*zip(*found, strict=True), s=22, label=kind, color=colour, marker=marker)
-        axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [f"{row['op']}  {row['shape']}" for row in rows], fontsize=7)
-        axes.set_xscale("log")
-        axes.set_xlabel("time as a multiple of the floor, which the table names (left is better)")
-        axes.margins(y=0.01)
-        axes.legend(loc="lower right", fontsize=8)
+        figure = Figure(figsize=(10, 1.2 + 0.17 * sum(counts) + 0.4 * len(counts)), layout="constrained")
+        every = figure.subplots(len(counts), 1, sharex=True, squeeze=False, height_ratios=[n + 1 for n in counts])[:, 0]
+        for axes, (name, rows) in zip(every, panels.items(), strict=True):
+            _draw(axes, rows[::-1])
+            axes.set_title(f"On {name}", fontsize=9, loc="left")
+        every[0].set_xscale("log")
+        every[0].legend(loc="lower right", fontsize=8)
+        every[-1].set_xlabel("time as a multiple of the floor, which the table names (left is better)")
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"Date": None, "Description": f"pysteer {digest(results)}"} if path.suffix == ".svg" else {}
         figure.savefig(path, metadata=about)
+
+
+def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """The lines of one machine, the first at the bottom."""
+    looks = (("op", "#1b5e9b", "o"), ("torch.compile", "#e08e2b", "D"), ("eager torch", "#9a9a9a", "|"))
+    values = [points(row) for row in rows]
+    for place, each in enumerate(values):
+        known = [value for kind, value in each.items() if value is not None and kind != "usual way"]
+        axes.plot([min(known), max(known)], [place, place], color="#dddddd", linewidth=1, zorder=1)
+    for kind, colour, marker in (*looks, ("usual way", "#b5483d", "x")):
+        found = [(each[kind], place) for place, each in enumerate(values) if each[kind] is not None]
+        if found:
+            axes.scatter(*zip(*found, strict=True), s=22, label=kind, color=colour, marker=marker)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['op']}  {row['shape']}" for row in rows], fontsize=7)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
 
 
 def main() -> None:
