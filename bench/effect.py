@@ -86,9 +86,16 @@ def place_of(folder: Path, quick: bool) -> Path:
 
 
 def run_effect(
-    suite: dict[str, Any], sizes: Sizes, folder: Path, *, quick: bool, store: bool = True, limit: float = 0.0
+    suite: dict[str, Any],
+    sizes: Sizes,
+    folder: Path,
+    *,
+    quick: bool,
+    store: bool = True,
+    limit: float = 0.0,
+    began: float | None = None,
 ) -> dict[str, Any]:
-    """Measure a suite and keep its leaderboard."""
+    """Measure a suite and keep its leaderboard; `began` is when all of it did, on the monotonic clock, if in one go."""
     cells = cells_of(suite, sizes)
     results = measure_all(cells, sizes, place_of(folder, quick), limit)
     rows = board_of(results)
@@ -97,6 +104,8 @@ def run_effect(
         "seconds": round(sum(one["measured"]["seconds"] for one in results), 1), "rows": rows,
         "conclusions": conclusions(rows, sizes.pairs), **machine(),
     }  # fmt: skip
+    if began is not None:
+        result["minutes"] = round((time.monotonic() - began) / 60, 1)
     if store:
         append("effect", json.loads(json.dumps(result)))
     return result
@@ -114,6 +123,7 @@ def report(result: dict[str, Any]) -> str:
     )
     kinds = dict.fromkeys(f"{row['generator']} in {row['dtype']}" for row in result["rows"] if "dtype" in row)
     told += f" {', '.join(kinds)}, which decides over single words." if kinds else ""
+    told += f" Measured in one go in {result['minutes']} minutes." if "minutes" in result else ""
     listed = [f"- {text}" for text in result["conclusions"]]
     return "\n".join([table(result["rows"]), "", told, "", *listed, "", where_of(result) + "."])
 
@@ -153,11 +163,14 @@ def main(words: list[str] | None = None) -> None:
         share, shares = (int(part) for part in asked.share.split("/"))
         measure_all(share_of(cells_of(chosen, sizes), share, shares), sizes, place_of(folder, asked.quick), asked.limit)
         return
-    limit = asked.limit
+    limit, began = asked.limit, time.monotonic()
+    resumed = any(place_of(folder, asked.quick).glob("*.json"))
     if asked.processes > 1:
         run_shares(given, asked.processes)
         limit = -1.0 if limit else 0.0  # what the processes did not begin is not begun here either
-    result = run_effect(chosen, sizes, folder, quick=asked.quick, limit=limit, store=not asked.dry_run)
+    result = run_effect(
+        chosen, sizes, folder, quick=asked.quick, limit=limit, store=not asked.dry_run, began=None if resumed else began
+    )
     print(report(result))
     if not asked.dry_run:
         print(figure(newest(stored("effect"))["rows"], newest(stored("effect"))["sizes"]["pairs"], FIGURE))

@@ -155,6 +155,20 @@ def test_cells_that_were_measured_are_read_again(tmp_path, monkeypatch):
     assert len(calls) == 3
 
 
+def test_how_long_it_took_is_told_where_it_was_measured_in_one_go(tmp_path, monkeypatch, capsys):
+    class Bench:
+        def measure(self, one):
+            return cell(0.5)
+
+    monkeypatch.setattr(effect, "bench_for", lambda generator, sizes: Bench())
+    words = ["--quick", "--generator", "infinity-shapes", "--dry-run", "--processes", "1", "--folder", str(tmp_path)]
+    told = []
+    for _ in range(2):
+        effect.main(words)
+        told.append("Measured in one go in 0.0 minutes." in capsys.readouterr().out)
+    assert told == [True, False]  # the second start reads what the first has measured
+
+
 def test_shares_are_all_cells_once_and_keep_what_shares_images():
     cells = cells_of(QUICK_SUITE, Sizes())
     shares = [share_of(cells, i, 3) for i in range(3)]
