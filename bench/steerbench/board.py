@@ -105,7 +105,7 @@ def conclusions(rows: Sequence[Row], pairs: int) -> list[str]:
     found = []
     places = dict.fromkeys((row["generator"], row["concept"]) for row in rows)
     for generator, concept in places:
-        every = main_pairs(generator, pairs)
+        every = main_pairs(concept, pairs)
         here = [r for r in rows if (r["generator"], r["concept"]) == (generator, concept) and r["pairs"] == every]
         methods = [row for row in here if not row["control"]]
         if not methods:
@@ -156,7 +156,7 @@ def figure(rows: Sequence[Row], pairs: int, path: Path) -> Path:
     """Bars of the scores with intervals, a panel per generator and concept."""
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row["pairs"] == main_pairs(row["generator"], pairs)]
+    shown = [row for row in rows if row["pairs"] == main_pairs(row["concept"], pairs)]
     panels = list(dict.fromkeys((row["generator"], row["concept"]) for row in shown))
     drawing = Figure(figsize=(9, 0.7 + 0.3 * len(shown) + 0.5 * len(panels)), layout="constrained")
     counts = [sum((r["generator"], r["concept"]) == panel for r in shown) for panel in panels]

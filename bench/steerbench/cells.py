@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pysteer.data.concepts import concept_names, concept_sentences
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -88,22 +90,18 @@ QUICK_SUITE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-# Examples per side that there are for a generator, where these are few.
-LARGEST = {"smollm2": 64}
-
-
-def main_pairs(generator: str, pairs: int) -> int:
-    """Examples per side that the methods of a generator are compared with: `pairs`, or all there are."""
-    return min(pairs, LARGEST.get(generator, pairs))
+def main_pairs(concept: str, pairs: int) -> int:
+    """Examples per side that the methods are compared with: `pairs`, or all sentences that there are of a concept."""
+    return min(pairs, *map(len, concept_sentences(concept))) if concept in concept_names() else pairs
 
 
 def cells_of(suite: dict[str, tuple[tuple[str, ...], tuple[str, ...]]], sizes: Sizes) -> list[Cell]:
     """All cells, generator by generator: methods over seeds, then controls, then other numbers of examples."""
     found: list[Cell] = []
     for generator, (concepts, methods) in suite.items():
-        every = main_pairs(generator, sizes.pairs)
-        others = [pairs for pairs in sizes.efficiency if pairs <= LARGEST.get(generator, pairs) and pairs != every]
         for concept in concepts:
+            every = main_pairs(concept, sizes.pairs)
+            others = [pairs for pairs in sizes.efficiency if main_pairs(concept, pairs) == pairs != every]
             for seed in range(sizes.seeds):
                 found += [Cell(generator, concept, method, every, seed) for method in methods]
             for method in (m for m in methods if m in CONTROLLED):
