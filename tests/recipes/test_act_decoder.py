@@ -142,6 +142,17 @@ def test_the_nucleus_is_that_of_a_full_sort(size, top_p) -> None:
         assert sum(got.values()) >= top_p - 1e-4
 
 
+def test_rows_without_numbers_still_give_a_token_and_leave_the_others_alone() -> None:
+    logits = torch.randn(3, 5000)
+    numbers, held = torch.tensor([0.3, 0.5, 0.7]), torch.zeros(3, 1, dtype=torch.int64)
+    sampling = Sampling(top_p=0.9, repetition_penalty=1.0)
+    expected = draw(logits, held, numbers, sampling)
+    logits[1] = torch.nan
+    drawn = draw(logits, held, numbers, sampling)
+    assert drawn[[0, 2]].tolist() == expected[[0, 2]].tolist()
+    assert 0 <= int(drawn[1]) < 5000
+
+
 def test_drawing_agrees_with_transformers() -> None:
     logits = 2 * torch.randn(1, 400)
     held = torch.tensor([[3, 7, 7, 250]])

@@ -90,7 +90,7 @@ def _sorted(chances: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     # nucleus is mostly among the tokens above a small probability, of which there are few.
     every, size = chances.numpy(), len(chances)
     for least in _LEAST:
-        tokens = np.flatnonzero(every >= least)
+        tokens = np.flatnonzero(every >= least) if least else np.arange(size)  # all: there may be NaN
         keys = np.sort((every[tokens].view(np.int32).astype(np.int64) << 32) | (size - 1 - tokens))[::-1]
         falling = (keys >> 32).astype(np.int32).view(np.float32)
         upto = falling.cumsum()
@@ -141,6 +141,6 @@ def draw(logits: Tensor, held: Tensor, numbers: Tensor, sampling: Sampling) -> T
         wanted = numbers[rows, None] * upto[:, -1:]
         place = torch.searchsorted(upto, wanted, right=True)
         # Rounding may point behind the last token of the nucleus; that token is meant then.
-        last = (chances > 0).sum(1, keepdim=True) - 1
+        last = ((chances > 0).sum(1, keepdim=True) - 1).clamp_min(0)  # a row of NaN has no token of any probability
         drawn[rows] = tokens.gather(1, torch.minimum(place, last))[:, 0]
     return drawn
