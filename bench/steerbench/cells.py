@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ QUICK_SUITE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+@functools.cache  # asked for every row of the board
 def main_pairs(concept: str, pairs: int) -> int:
     """Examples per side that the methods are compared with: `pairs`, or all sentences that there are of a concept."""
     return min(pairs, *map(len, concept_sentences(concept))) if concept in concept_names() else pairs

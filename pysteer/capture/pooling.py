@@ -1,6 +1,6 @@
 """From the tokens of a row to what is kept of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,12 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "min": lambda tokens: tokens.amin(0, keepdim=True),
     "last": lambda tokens: tokens[-1:],
 }
+
+
+def padded_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Rows `[R_i, L_i, D]` of several batches in one tensor `[R, L, D]`; rows of fewer tokens are padded with zeros."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
 
 
 def valid_rows(x: Tensor, lengths: Tensor | None) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysteer.capture.pooling import POOLS, pooled_rows
+from pysteer.capture.pooling import POOLS, padded_rows, pooled_rows
 from pysteer.capture.taps import PartRows, as_tokens, choose_sites, tapped
 from pysteer.errors import InputError
 from pysteer.families.base import find_family
@@ -92,9 +92,7 @@ class Recorder:
 
     def get(self, site: str, step: int = 0) -> Tensor:
         """Activations `[N, L, D]` in the model's dtype; rows of fewer tokens are padded with zeros."""
-        parts = self._kept[self._key(site, step)]
-        longest = max(part.shape[1] for part in parts)
-        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+        return padded_rows(self._kept[self._key(site, step)])
 
     def lengths(self, site: str, step: int = 0) -> Tensor:
         """Valid tokens of each row, `[N]` int64."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from pysteer.capture.generation import Generate
 from pysteer.capture.groups import Groups
 from pysteer.capture.lockstep import Arrival, in_lockstep
+from pysteer.capture.pooling import padded_rows
 from pysteer.capture.prompt_sets import PromptSets
 from pysteer.capture.taps import PartRows, as_tokens, refuse_steered, tapped
 from pysteer.errors import PysteerError
@@ -117,7 +118,7 @@ class SequentialFit:
         if step not in self.own.steps[site.name] or any(a.rows.cond == 0 for a in arrivals):
             return [a.x for a in arrivals]
         seen = _together(arrivals)
-        fitted = self.own.fit(site, step, *(seen if self.known is None else joined(seen, self.known(site.name, step))))
+        fitted = self.own.fit(site, step, *(seen if self.known is None else _joined(seen, self.known(site.name, step))))
         answers, first = [], 0
         for _, _, x, rows in arrivals:
             spans = rows.spans if site.layout == "tokens" else None
@@ -133,11 +134,10 @@ class SequentialFit:
         return chosen + ([rows.uncond_rows.start + i for i in source] if self.rows != "cond" and rows.uncond else [])
 
 
-def joined(first: Activations, second: Activations) -> Activations:
+def _joined(first: Activations, second: Activations) -> Activations:
     """The rows of `first`, then those of `second`."""
     (x, own), (y, others) = first, second
-    longest = max(x.shape[1], y.shape[1])
-    rows = torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in (x, y.to(x))])
+    rows = padded_rows((x, y.to(x)))
     if own is None and others is None and x.shape[1] == y.shape[1]:
         return rows, None
     counts = [torch.full((len(p),), p.shape[1]) if n is None else n.cpu() for p, n in ((x, own), (y, others))]
@@ -150,10 +150,8 @@ def _together(arrivals: list[Arrival]) -> Activations:
     if layout != "tokens" or arrivals[0].rows.lengths is None:
         return torch.cat([as_tokens(a.x, layout)[a.rows.cond_rows] for a in arrivals]), None
     parts = [a.rows.valid_first(a.x)[a.rows.cond_rows] for a in arrivals]
-    longest = max(part.shape[1] for part in parts)
-    tokens = torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
     lengths = [a.rows.lengths[a.rows.cond_rows] for a in arrivals if a.rows.lengths is not None]
-    return tokens, torch.cat(lengths)
+    return padded_rows(parts), torch.cat(lengths)
 
 
 def _steered(x: Tensor, op: str, fitted: SiteFit, rows: list[int], layout: str, spans: Tensor | None) -> Tensor:

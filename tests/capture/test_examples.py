@@ -42,6 +42,7 @@ def ran(pipe, monkeypatch) -> list[str]:
 
 
 def agree(first, second, tolerance: float = 1e-3) -> None:
+    """Equal but for the rounding of batches of other sizes, which a sequential fit carries from site to site."""
     assert [entry.site for entry in first.parameters] == [entry.site for entry in second.parameters]
     for a, b in zip(first.parameters, second.parameters, strict=True):
         assert a.steps == b.steps

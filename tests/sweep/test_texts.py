@@ -98,6 +98,7 @@ def test_methods_of_a_batch_run_their_examples_once(lm, tmp_path, monkeypatch):
             lm, request.method, request.source, request.target, seeds=request.seeds, **request.options
         )  # fmt: skip
         for a, b in zip(kept.parameters, alone.parameters, strict=True):
+            # What is pooled from tokens that are kept is added up in another order than what is pooled at once.
             assert all(torch.allclose(a.tensors[name], b.tensors[name], atol=1e-4) for name in a.tensors)
     other = task.TextsEngine(settings[0], tmp_path / "other", lm)
     ran.clear()
